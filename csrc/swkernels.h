@@ -1,0 +1,116 @@
+// The C interface of swkernels.
+//
+// Two shared libraries implement it: libswkernels_cpu (functions swk_cpu_*) and libswkernels_cuda
+// (functions swk_cuda_*); both have swk_interface_version and swk_status_text. Python loads them
+// with ctypes. Nothing here depends on PyTorch, so one build serves every PyTorch.
+//
+// Conventions
+//   * Matrices are [T, C]: T tokens (rows), C channels (columns). The elements of a row are
+//     adjacent; rows lie `stride` elements apart (any value, negative too). Sizes, strides and
+//     addresses are 64-bit.
+//   * Pointers need the alignment of their element type, no more. They may be null where T or C
+//     is 0, and where a parameter says so.
+//   * Peaks are one int64 per channel: (bits of |v| as float32) << 32 | (0xFFFFFFFF - token).
+//     0 means that no token has been seen. Every NaN counts as 0x7FC00000. Functions merge into
+//     `keys`: keys[c] = max(keys[c], peak of channel c).
+//   * The token of row t is token_offset + t, or token_offset + token_index[t] where token_index
+//     [T] is given; a negative index leaves the row out. Indices need not be ordered or unique.
+//     Tokens must lie in [0, 2^32 - 2].
+//   * Functions return SWK_OK or another status, never throw, and keep no state between calls.
+//     On an error `keys` is as it was, except after SWK_CUDA_ERROR.
+
+#ifndef SWKERNELS_H
+#define SWKERNELS_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define SWK_API __declspec(dllexport)
+#else
+#define SWK_API __attribute__((visibility("default")))
+#endif
+
+// Changes whenever a signature or a meaning below changes; Python refuses another number.
+#define SWK_INTERFACE_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum swk_status {
+  SWK_OK = 0,
+  SWK_BAD_DTYPE = 1,
+  SWK_BAD_ACTIVATION = 2,
+  SWK_BAD_SIZE = 3,       // a negative size, or a null pointer that holds elements
+  SWK_BAD_TOKEN = 4,      // a token outside [0, 2^32 - 2]
+  SWK_BAD_ISA = 5,        // an instruction set that this CPU or this build lacks
+  SWK_OUT_OF_MEMORY = 6,
+  SWK_CUDA_ERROR = 7      // see swk_cuda_last_error
+};
+
+enum swk_dtype { SWK_FLOAT32 = 0, SWK_BFLOAT16 = 1, SWK_FLOAT16 = 2 };
+
+enum swk_activation { SWK_SILU = 0, SWK_GELU = 1, SWK_GELU_TANH = 2, SWK_RELU = 3 };
+
+enum swk_isa { SWK_ISA_BEST = 0, SWK_ISA_SCALAR = 1, SWK_ISA_AVX2 = 2, SWK_ISA_AVX512 = 3 };
+
+// The SWK_INTERFACE_VERSION that the library was built with.
+SWK_API int swk_interface_version(void);
+
+// One line of English for a status. Never null; static storage.
+SWK_API const char* swk_status_text(int status);
+
+// The instruction set that `isa` (swk_isa) stands for on this CPU: the best one for SWK_ISA_BEST,
+// `isa` itself where the CPU and the build have it, 0 where they lack it.
+SWK_API int swk_cpu_isa(int isa);
+
+// Runs the work of later calls on the OpenMP thread pool that `gomp_parallel` (the function
+// GOMP_parallel of an OpenMP runtime) belongs to; null goes back to threads made for each call.
+// PyTorch brings its own OpenMP runtime, whose idle threads spin for a while after each operation:
+// a second pool would compete with them for the cores, so the caller hands over PyTorch's.
+SWK_API void swk_cpu_set_thread_pool(void* gomp_parallel);
+
+// Merges the per-channel peaks of x into keys.
+//   x            [T, C] of `dtype`
+//   stride       elements between the rows of x
+//   keys         [C], in and out
+//   token_index  [T] or null
+//   threads      at most this many threads; small inputs use fewer
+//   isa          swk_isa
+// Errors: SWK_BAD_DTYPE, SWK_BAD_SIZE, SWK_BAD_TOKEN, SWK_BAD_ISA, SWK_OUT_OF_MEMORY.
+SWK_API int swk_cpu_column_absmax(const void* x, int dtype, int64_t T, int64_t C, int64_t stride,
+                                  int64_t* keys, const int64_t* token_index, int64_t token_offset,
+                                  int threads, int isa);
+
+// h = act(gate) * up, computed in float32 and rounded once; merges the peaks of the rounded h into
+// keys.
+//   gate, up     [T, C] of `dtype`
+//   h            [T, C] of `dtype`, out; must not overlap gate or up
+//   keys         [C], in and out; null where the peaks are not wanted
+//   token_index  [T] or null; rows that are left out of the peaks are computed all the same
+// Errors: as above, and SWK_BAD_ACTIVATION.
+SWK_API int swk_cpu_glu_absmax(const void* gate, int64_t gate_stride, const void* up,
+                               int64_t up_stride, void* h, int64_t h_stride, int dtype,
+                               int activation, int64_t T, int64_t C, int64_t* keys,
+                               const int64_t* token_index, int64_t token_offset, int threads,
+                               int isa);
+
+// Merges the per-channel peaks of x into keys, on the current CUDA device.
+//   x, keys, token_index  device pointers; otherwise as swk_cpu_column_absmax. Rows that start on
+//                         16-byte boundaries are read 16 bytes at a time, others by the element.
+//   stream                a cudaStream_t; the call returns once the kernel is queued
+// The caller guarantees the range of the tokens: token_index is not read on the host.
+// Errors: SWK_BAD_DTYPE, SWK_BAD_SIZE, SWK_BAD_TOKEN (token_offset), SWK_CUDA_ERROR.
+SWK_API int swk_cuda_column_absmax(const void* x, int dtype, int64_t T, int64_t C, int64_t stride,
+                                   int64_t* keys, const int64_t* token_index, int64_t token_offset,
+                                   void* stream);
+
+// What the last SWK_CUDA_ERROR of this thread was: the kernel, its launch shape and CUDA's own
+// text. Valid until the thread's next call.
+SWK_API const char* swk_cuda_last_error(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // SWKERNELS_H

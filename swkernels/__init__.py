@@ -1,0 +1,35 @@
+"""Kernels for super weights: find them, train around them, quantize without losing them.
+
+``import swkernels`` is light: it needs PyTorch and nothing else, no GPU, compiler or Triton, and
+what it exports is loaded at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "ops": "swkernels.ops",
+    "use_backend": "swkernels.backends:use_backend",
+    "find_down_projections": "swkernels.models:find_down_projections",
+    "track": "swkernels.detect.tracking:track",
+    "scan": "swkernels.detect.scan:scan",
+    "ScanConfig": "swkernels.detect.scan:ScanConfig",
+    "ScanReport": "swkernels.detect.report:ScanReport",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'swkernels' has no attribute {name!r}")
+    module, _, attribute = _EXPORTS[name].partition(":")
+    loaded = importlib.import_module(module)
+    return getattr(loaded, attribute) if attribute else loaded
+
+
+def __dir__() -> list[str]:
+    return __all__

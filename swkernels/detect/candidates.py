@@ -1,0 +1,149 @@
+"""Stage 1 of a scan: from peaks to candidate weights.
+
+A candidate is a single weight W[j, m] of a down projection such that channel j's peak stands out
+of its layer (``prominence``) and the product x_m w_jm makes up a good part of that peak, at the
+peak's own token (``share``). Neither asks for the largest value of a layer, so that one column
+that feeds several rows, and several columns that feed one row, are all found.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from swkernels import ops
+from swkernels.models import DownProjection
+
+from .criteria import dominance, outlier_threshold, prominence
+from .tracking import TrackHandle
+from .witness import Spike
+
+
+@dataclass
+class Candidate:
+    """A weight under suspicion. See docs/report.md for the unit of each field."""
+
+    projection: DownProjection
+    expert: int | None
+    row: int
+    column: int
+    weight: float
+    spike: Spike
+    in_peak: float
+    share: float
+    dominance: float
+    signed_share: float
+    methods: dict[str, bool | None] = field(default_factory=dict)
+
+    @property
+    def position(self) -> tuple[int, str, int | None, int, int]:
+        return (self.projection.layer, self.projection.name, self.expert, self.row, self.column)
+
+    @property
+    def score(self) -> float:
+        """Prominence of the part of the spike that this weight makes: what ranks candidates."""
+        score = self.spike.prominence * self.share
+        return score if math.isfinite(score) else float("inf")
+
+
+def find_spikes(handle: TrackHandle, locate, config) -> list[Spike]:
+    """Return the output channels that stand out of their layer, by the methods in ``config``.
+
+    Args:
+        handle: the finished tracking pass.
+        locate: turns a running token index into (sample, position).
+        config: ``ScanConfig``; reads ``methods``, ``prominence``, ``top_rows``,
+            ``outlier_gamma`` and ``threshold``.
+    """
+    spikes = []
+    for state in handle.states:
+        for e in range(state.experts):
+            values, tokens = ops.peaks(state.outputs[e].cpu())
+            if int(tokens.max()) < 0:
+                continue
+            stand_out = prominence(values)
+            wanted = torch.zeros_like(values, dtype=torch.bool)
+            if "dominance" in config.methods:
+                wanted |= stand_out >= config.prominence
+            if "outlier" in config.methods:
+                wanted |= values > outlier_threshold(
+                    *state.moments[e].tolist(), config.outlier_gamma
+                )
+            if "threshold" in config.methods:
+                wanted[values.argmax()] |= bool(values.max() > config.threshold)
+            rows = values.topk(min(config.top_rows, len(values))).indices
+            for row in rows[wanted[rows]].tolist():
+                sample, position = locate(int(tokens[row]))
+                expert = state.projection.expert if state.projection.experts is None else e
+                spikes.append(
+                    Spike(
+                        state.projection,
+                        expert,
+                        row,
+                        sample,
+                        position,
+                        float(values[row]),
+                        float(stand_out[row]),
+                    )
+                )
+    return spikes
+
+
+def find_candidates(handle: TrackHandle, spikes: list[Spike], config) -> list[Candidate]:
+    """Name the weights that make the spikes, strongest first, at most ``max_candidates``."""
+    states = {state.projection.name: state for state in handle.states}
+    candidates = []
+    for spike in spikes:
+        if spike.x is None:
+            continue
+        state = states[spike.projection.name]
+        e = spike.expert if state.projection.experts is not None else 0
+        in_peaks = ops.peaks(state.inputs[e].cpu()).values
+        out_peaks = ops.peaks(state.outputs[e].cpu()).values
+        weights = spike.weights()
+        parts = dominance(spike.x, weights)
+        outlier = None
+        if state.moments is not None:
+            limit = outlier_threshold(*state.moments[e].tolist(), config.outlier_gamma)
+            outlier = spike.peak > limit
+        top = parts.share.topk(min(config.top_columns, len(weights))).indices
+        for column in top.tolist():
+            methods = {
+                "dominance": spike.prominence >= config.prominence
+                and float(parts.share[column]) >= config.share,
+                "outlier": None
+                if outlier is None
+                else bool(outlier and float(parts.dominance[column]) > 1),
+                "threshold": _fixed_threshold(in_peaks, out_peaks, spike.row, column, config),
+            }
+            if not any(methods[name] for name in config.methods):
+                continue
+            candidates.append(
+                Candidate(
+                    spike.projection,
+                    spike.expert,
+                    spike.row,
+                    column,
+                    float(weights[column]),
+                    spike,
+                    float(in_peaks[column]),
+                    float(parts.share[column]),
+                    float(parts.dominance[column]),
+                    float(parts.signed_share[column]),
+                    methods,
+                )
+            )
+    candidates.sort(key=lambda c: (-c.score, c.position))
+    return candidates[: config.max_candidates]
+
+
+def _fixed_threshold(in_peaks, out_peaks, row: int, column: int, config) -> bool:
+    """The rule of the super-weight paper's code: both sides' argmax, both above a constant."""
+    return (
+        row == int(out_peaks.argmax())
+        and column == int(in_peaks.argmax())
+        and float(out_peaks[row]) > config.threshold
+        and float(in_peaks[column]) > config.threshold
+    )

@@ -1,0 +1,107 @@
+"""In how many samples each position spikes, and how the answer settles as samples are added.
+
+The consistency test of the training paper (arXiv 2607.08733, Table 1), on peaks: in one sample,
+position (j, m) of a layer spikes when output channel j stands out of its layer, input channel m
+has its own peak at the same token, and the product of the two is a good part of the output,
+``|x_m w_jm| >= share * |y_j|``. Memory is one counter a position that ever spiked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from swkernels import ops
+
+from .criteria import prominence
+from .tracking import ProjectionState
+
+TIERS = {"100 %": 1.0, ">= 50 %": 0.5, ">= 20 %": 0.2, "any": 0.0}
+
+
+class Consistency:
+    """Counts spiking positions sample by sample.
+
+    Attributes:
+        counts: samples in which each (layer, module, expert, row, column) spiked.
+        samples: how many samples were added.
+        settling: after 1, 2, 5, 10, 20, 50, ... samples, the size of each tier.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.counts: Counter[tuple] = Counter()
+        self.samples = 0
+        self.settling: list[dict] = []
+
+    def add(self, states: list[ProjectionState], sample: int) -> None:
+        """Count the positions that spike in ``sample`` of the last batch."""
+        for state in states:
+            inputs = ops.peaks(state.sample_inputs[sample])
+            outputs = ops.peaks(state.sample_outputs[sample])
+            for e, row, column in self._positions(state, inputs, outputs):
+                projection = state.projection
+                expert = projection.expert if projection.experts is None else e
+                self.counts[(projection.layer, projection.name, expert, row, column)] += 1
+        self.samples += 1
+        if _is_milestone(self.samples):
+            self._settle()
+
+    def _positions(self, state, inputs: ops.Peaks, outputs: ops.Peaks):
+        rows_wanted = min(self.config.top_rows, outputs.values.shape[1])
+        columns_wanted = min(self.config.top_columns, inputs.values.shape[1])
+        stand_out = prominence(outputs.values)  # [E, D]
+        top = stand_out.topk(rows_wanted, dim=1)
+        for e, r in (top.values >= self.config.prominence).nonzero().tolist():
+            row = int(top.indices[e, r])
+            columns = inputs.values[e].topk(columns_wanted).indices
+            same = inputs.tokens[e, columns] == outputs.tokens[e, row]
+            weights = state.projection.matrix(e if state.projection.experts else None)[row]
+            products = inputs.values[e, columns] * weights[columns].detach().abs().float()
+            strong = products >= self.config.share * outputs.values[e, row]
+            for column in columns[same & strong].tolist():
+                yield e, row, column
+
+    def _settle(self) -> None:
+        tiers = self.tiers()
+        names = ("all", "half", "fifth", "any")
+        self.settling.append({"samples": self.samples, **dict(zip(names, tiers.values()))})
+
+    def tiers(self) -> dict[str, int]:
+        """How many positions spike in at least each share of the samples."""
+        return {
+            name: sum(count >= share * self.samples for count in self.counts.values())
+            for name, share in TIERS.items()
+        }
+
+    def to_dict(self) -> dict:
+        """The ``consistency`` part of the report."""
+        if self.samples and (not self.settling or self.settling[-1]["samples"] != self.samples):
+            self._settle()
+        positions = [
+            {
+                "layer": layer,
+                "module": module,
+                "expert": expert,
+                "row": row,
+                "column": column,
+                "count": count,
+                "share": count / self.samples,
+            }
+            for (layer, module, expert, row, column), count in sorted(
+                self.counts.items(), key=lambda item: (-item[1], str(item[0]))
+            )
+        ]
+        return {
+            "samples": self.samples,
+            "positions": positions,
+            "tiers": self.tiers(),
+            "settling": self.settling,
+        }
+
+
+def _is_milestone(samples: int) -> bool:
+    while samples >= 10 and samples % 10 == 0:
+        samples //= 10
+    return samples in (1, 2, 5)

@@ -1,0 +1,204 @@
+"""Stage 3's instrument: the loss of a model on a text with chosen weights zeroed.
+
+Every window is run on the intact model first; its next-token distribution then stands beside that
+of the zeroed model, so besides the perplexity ratio there is the KL divergence between the two,
+which says how much the weights change what the model predicts, whatever the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from swkernels.errors import InvalidInput
+from swkernels.models import DownProjection
+
+from .replay import Replay
+
+Coordinate = tuple[DownProjection, "int | None", int, int]  # projection, expert, row, column
+
+
+@contextmanager
+def zeroed(coordinates: list[Coordinate]) -> Iterator[None]:
+    """Set weights to zero inside the block, and put back the same bits, whatever happens."""
+    saved = []
+    try:
+        with torch.no_grad():
+            for projection, expert, row, column in coordinates:
+                matrix = projection.matrix(expert)
+                saved.append((matrix, row, column, matrix[row, column].clone()))
+                matrix[row, column] = 0
+        yield
+    finally:
+        with torch.no_grad():
+            for matrix, row, column, value in reversed(saved):
+                matrix[row, column] = value
+
+
+@dataclass
+class Baseline:
+    """The intact model on the evaluation text.
+
+    Attributes:
+        losses: mean next-token loss of each window, in nats.
+        tokens: number of predicted tokens in each window.
+        information: mean KL divergence of the model's predictions from their own average over
+            a window, in nats: what its predictions tell about the token at hand. Damage in KL is
+            measured against it.
+    """
+
+    losses: list[float]
+    tokens: list[int]
+    information: float
+
+    @property
+    def perplexity(self) -> float:
+        return _exp(_mean(self.losses, self.tokens))
+
+
+@dataclass
+class Measurement:
+    """A set of weights zeroed on the evaluation text.
+
+    Attributes:
+        ratio: perplexity over the intact model's; ratio_low, ratio_high: its 95 % bootstrap
+            interval over windows.
+        kl: mean KL(intact || zeroed) of the next-token distribution, in nats.
+        damage: kl / ``Baseline.information``.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    kls: list[float] = field(default_factory=list)
+    perplexity: float = math.nan
+    ratio: float = math.nan
+    ratio_low: float = math.nan
+    ratio_high: float = math.nan
+    kl: float = math.nan
+    damage: float = math.nan
+
+    @property
+    def log_ratio(self) -> float:
+        return math.log(self.ratio) if self.ratio > 0 else -math.inf
+
+
+class Evaluator:
+    """Measures what is lost when weights are zeroed, on fixed windows of tokens.
+
+    Args:
+        logits: runs the model: ids [1, S] -> logits [1, S, V].
+        windows: int64 [1, S] tensors, S >= 2.
+        projections: all down projections of the model, in forward order; with them, what comes
+            before the first zeroed weight is not run again (see ``replay``).
+        seed: of the bootstrap.
+    """
+
+    def __init__(
+        self,
+        logits: Callable[[torch.Tensor], torch.Tensor],
+        windows: list[torch.Tensor],
+        projections: list[DownProjection],
+        seed: int = 0,
+    ):
+        if not windows:
+            raise InvalidInput("the evaluation text has no window of at least 2 tokens")
+        self.logits = logits
+        self.windows = windows
+        self.seed = seed
+        blocks = {p.block_name: p.block for p in projections}
+        one_stack = len({name.rpartition(".")[0] for name in blocks}) == 1
+        self._depths = {name: i for i, name in enumerate(blocks)} if one_stack else {}
+        self._blocks = list(blocks.values())
+        self._replays: bool | None = None
+        self.baseline: Baseline | None = None
+
+    @torch.no_grad()
+    def measure(
+        self, sets: list[list[Coordinate]], progress: Callable[[int, int], None] | None = None
+    ) -> list[Measurement]:
+        """Zero each set in turn on every window; also fills ``baseline``."""
+        results = [Measurement() for _ in sets]
+        losses, tokens, information = [], [], []
+        total, done = len(self.windows) * (len(sets) + 1), 0
+        depths = [self._depth(coordinates) for coordinates in sets]
+        for window in self.windows:
+            replay = Replay(self._blocks, depths)
+            with replay.recording():
+                intact = self._log_probabilities(window)
+            if not self._may_replay(replay, window, intact):
+                depths = [0] * len(sets)
+            targets = window[0, 1:].to(intact.device)
+            losses.append(float(F.nll_loss(intact, targets)))
+            tokens.append(len(targets))
+            information.append(_information(intact))
+            done += 1
+            for result, coordinates, depth in zip(results, sets, depths):
+                with zeroed(coordinates), replay.starting_at(depth):
+                    changed = self._log_probabilities(window)
+                result.losses.append(float(F.nll_loss(changed, targets)))
+                result.kls.append(_kl(intact, changed))
+                done += 1
+                if progress:
+                    progress(done, total)
+        self.baseline = Baseline(losses, tokens, _mean(information, tokens))
+        for result in results:
+            self._summarize(result)
+        return results
+
+    def _depth(self, coordinates: list[Coordinate]) -> int:
+        """The first block that the zeroed weights touch."""
+        return min((self._depths.get(c[0].block_name, 0) for c in coordinates), default=0)
+
+    def _may_replay(self, replay: Replay, window: torch.Tensor, intact: torch.Tensor) -> bool:
+        """Check once that starting at a block gives what the whole model gives."""
+        if replay.depths and self._replays is None:
+            self._replays = replay.works(lambda: self._log_probabilities(window), intact)
+        return bool(self._replays)
+
+    def _log_probabilities(self, window: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the next token, float32 [S - 1, V]."""
+        logits = self.logits(window)
+        return F.log_softmax(logits[0, :-1].float(), dim=-1)
+
+    def _summarize(self, result: Measurement) -> None:
+        base, tokens = self.baseline.losses, self.baseline.tokens
+        result.perplexity = _exp(_mean(result.losses, tokens))
+        differences = [a - b for a, b in zip(result.losses, base)]
+        result.ratio = _exp(_mean(differences, tokens))
+        result.ratio_low, result.ratio_high = _bootstrap(differences, tokens, self.seed)
+        result.kl = _mean(result.kls, tokens)
+        result.damage = result.kl / self.baseline.information if result.kl else 0.0
+
+
+def _mean(values: list[float], weights: list[int]) -> float:
+    return sum(v * w for v, w in zip(values, weights)) / sum(weights)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def _kl(intact: torch.Tensor, changed: torch.Tensor) -> float:
+    return float((intact.exp() * (intact - changed)).sum(-1).mean().clamp_min(0))
+
+
+def _information(log_probabilities: torch.Tensor) -> float:
+    average = log_probabilities.exp().mean(0, keepdim=True).log()
+    return max(_kl(log_probabilities, average), torch.finfo(torch.float32).eps)
+
+
+def _bootstrap(
+    differences: list[float], tokens: list[int], seed: int, draws: int = 2000
+) -> tuple[float, float]:
+    """95 % percentile interval of the ratio, resampling windows."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.tensor(differences, dtype=torch.float64)
+    weights = torch.tensor(tokens, dtype=torch.float64)
+    pick = torch.randint(len(values), (draws, len(values)), generator=generator)
+    means = (values[pick] * weights[pick]).sum(1) / weights[pick].sum(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return _exp(low), _exp(high)

@@ -1,0 +1,172 @@
+"""Second look: run again the samples that hold a spike and read what stood around it.
+
+The tracking pass keeps peaks only. For each spike this pass reads, at the spike's own token, the
+input vector of the down projection (one [H] vector) and the residual stream after each block (one
+number), so its memory grows with the number of spikes and not with tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from swkernels.models import DownProjection
+from swkernels.models.experts import ExpertObserver
+
+from .patching import Patches
+
+
+@dataclass
+class Spike:
+    """One output channel of one down projection at the token of its largest magnitude.
+
+    Attributes:
+        projection, expert, row: where it comes out.
+        sample, position: which token; ``position`` counts tokens that are not padding.
+        peak: |Y[i, j]|; prominence: peak over the median channel peak of its layer.
+        x: float32 [H] on the CPU, the input at that token (filled by ``witness``).
+        residual: the value of channel ``row`` after the spike's own block and each later block
+            (filled by ``witness``; empty where the block's output is not [.., D] wide).
+    """
+
+    projection: DownProjection
+    expert: int | None
+    row: int
+    sample: int
+    position: int
+    peak: float
+    prominence: float
+    x: torch.Tensor | None = None
+    residual: list[float] = field(default_factory=list)
+
+    @property
+    def y(self) -> float:
+        """The sum of the products of the matrix row and x: Y[i, j] without the bias."""
+        return float(self.x.double() @ self.weights().double())
+
+    def weights(self) -> torch.Tensor:
+        """The row of the weight that makes this output: [H] on the CPU."""
+        return self.projection.matrix(self.expert)[self.row].detach().float().cpu()
+
+    @property
+    def persistence(self) -> float:
+        """Share of the blocks from the spike's own on whose output still carries it.
+
+        A block carries the spike when the residual channel has the spike's sign and at least
+        half its magnitude at the spike's token. A spike that cancels what earlier layers wrote
+        (the common inert spike of the last layers) has persistence 0.
+        """
+        if not self.residual:
+            return 0.0
+        y = self.y
+        carried = sum(h * y > 0 and abs(h) >= 0.5 * abs(y) for h in self.residual)
+        return carried / len(self.residual)
+
+
+def witness(run, projections: list[DownProjection], spikes: list[Spike]) -> None:
+    """Fill ``x`` and ``residual`` of every spike.
+
+    Args:
+        run: runs the model on one sample, given its index.
+        projections: all down projections of the model, in forward order.
+        spikes: what to look at; filled in place.
+    """
+    blocks = {}
+    for projection in projections:
+        blocks.setdefault(projection.block_name, projection.block)
+    order = {name: i for i, name in enumerate(blocks)}
+    by_sample = defaultdict(list)
+    for spike in spikes:
+        by_sample[spike.sample].append(spike)
+    for sample, wanted in sorted(by_sample.items()):
+        patches = Patches("witness")
+        try:
+            for module, here in _by_module(wanted).items():
+                wrap = _reader if here[0].projection.scope is None else _expert_reader
+                patches.forward(module, wrap(here))
+            for name, block in blocks.items():
+                after = [s for s in wanted if order[s.projection.block_name] <= order[name]]
+                after = [s for s in after if _same_stack(s.projection.block_name, name)]
+                if after:
+                    patches.forward(block, _residual_reader(after))
+            run(sample)
+        finally:
+            patches.undo()
+
+
+def _same_stack(a: str, b: str) -> bool:
+    return a.rpartition(".")[0] == b.rpartition(".")[0]
+
+
+def _by_module(spikes: list[Spike]) -> dict[nn.Module, list[Spike]]:
+    grouped = defaultdict(list)
+    for spike in spikes:
+        grouped[spike.projection.scope or spike.projection.module].append(spike)
+    return grouped
+
+
+def _read(spikes: list[Spike], x: torch.Tensor, rows: torch.Tensor | None) -> None:
+    flat = x.detach().reshape(-1, x.shape[-1])
+    for spike in spikes:
+        at = _row_of(spike, flat, rows)
+        if at is not None:
+            spike.x = flat[at].float().cpu()
+
+
+def _reader(spikes: list[Spike]):
+    def wrap(original):
+        def forward(*args, **kwargs):
+            _read(spikes, args[0] if args else next(iter(kwargs.values())), None)
+            return original(*args, **kwargs)
+
+        return forward
+
+    return wrap
+
+
+def _expert_reader(spikes: list[Spike]):
+    projections = list({spike.projection: None for spike in spikes})
+
+    def callback(projection, expert, x, y, rows):
+        here = [s for s in spikes if s.projection is projection]
+        if projection.experts is not None:
+            here = [s for s in here if s.expert == expert]
+        _read(here, x, rows)
+
+    def wrap(original):
+        def forward(*args, **kwargs):
+            hidden = args[0] if args else next(iter(kwargs.values()))
+            tokens = hidden.numel() // hidden.shape[-1]
+            with ExpertObserver(projections, tokens, callback):
+                return original(*args, **kwargs)
+
+        return forward
+
+    return wrap
+
+
+def _row_of(spike: Spike, flat: torch.Tensor, rows: torch.Tensor | None) -> int | None:
+    """The row of ``flat`` [T, H] that is the spike's token, or None if it is not among them."""
+    if rows is None:
+        return spike.position if spike.position < flat.shape[0] else None
+    found = (rows == spike.position).nonzero()
+    return int(found[0]) if len(found) else None
+
+
+def _residual_reader(spikes: list[Spike]):
+    def wrap(original):
+        def forward(*args, **kwargs):
+            output = original(*args, **kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+            flat = hidden.detach().reshape(-1, hidden.shape[-1])
+            for spike in spikes:
+                if spike.row < flat.shape[1] and spike.position < flat.shape[0]:
+                    spike.residual.append(float(flat[spike.position, spike.row]))
+            return output
+
+        return forward
+
+    return wrap

@@ -1,0 +1,19 @@
+"""Errors that a user can act on: each message is one line, says what came and what to do."""
+
+from __future__ import annotations
+
+
+class SwkernelsError(Exception):
+    """Base of every error that swkernels raises for a wrong input or environment."""
+
+
+class BackendUnavailable(SwkernelsError, RuntimeError):
+    """The backend that was asked for is unknown, not there, or does not take the arguments."""
+
+
+class InvalidInput(SwkernelsError, ValueError):
+    """An argument, a text, a model or a file is not what the operation takes."""
+
+
+class NonFiniteActivation(SwkernelsError, ArithmeticError):
+    """An activation holds NaN or infinity; the message names the layer, channel and token."""

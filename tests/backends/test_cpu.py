@@ -1,0 +1,508 @@
+"""The C++ backend: every instruction set of this machine, against definitions of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from .oracle import expected_keys, special_values
+
+from swkernels import _native
+from swkernels.backends import cpu
+from swkernels.errors import BackendUnavailable, InvalidInput
+
+if cpu.available() is not None and not _native.build_record().get("cpu", {}).get("command"):
+    pytest.skip(f"no CPU library: {cpu.available()}", allow_module_level=True)
+
+from swkernels.backends.cpu.column_absmax import column_absmax, supports
+from swkernels.backends.cpu.glu_absmax import ACTIVATIONS, glu_absmax
+from swkernels.backends.cpu.linear_absmax import linear_absmax
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ISAS = [name for name in cpu.ISAS[1:] if cpu.library().swk_cpu_isa(cpu.ISAS.index(name))]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("SWKERNELS_CPU_ISA", request.param)
+    assert cpu.isa() == request.param
+    return request.param
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def run(x, keys=None, token_index=None, token_offset=0):
+    keys = torch.zeros(x.shape[1], dtype=torch.int64) if keys is None else keys.clone()
+    column_absmax(x, keys, token_index, token_offset)
+    return keys
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def test_library_is_as_new_as_its_source():
+    sys.path.insert(0, str(ROOT))
+    try:
+        import setup
+    finally:
+        sys.path.remove(str(ROOT))
+    assert _native.build_record()["sources"] == setup.source_digest(), (
+        "csrc has changed since the libraries were built: python setup.py build_native --inplace"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 31, 63, 64, 65, 200, 1000])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 8, 9, 63, 1000])
+def test_column_absmax(tokens, channels, dtype, isa):
+    x = random(tokens, channels, dtype=dtype)
+    assert torch.equal(run(x), expected_keys(x))
+
+
+def test_no_channels(isa):
+    assert run(torch.zeros(5, 0)).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_share_rows_and_columns(dtype, isa, threads):
+    for shape in ((4000, 300), (9, 70_001), (3, 200_000)):
+        x = random(*shape, dtype=dtype)
+        assert torch.equal(run(x), expected_keys(x)), shape
+        assert torch.equal(run(x), run(x)), shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_row_is_a_record(dtype, isa, threads):
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    rising = torch.arange(20_000, dtype=bits)[:, None].expand(-1, 67).contiguous().view(dtype)
+    for x in (rising, rising.flip(0)):
+        assert torch.equal(run(x), expected_keys(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties_go_to_the_earliest_token(dtype, isa, threads):
+    x = random(3000, 129, dtype=dtype).sign()  # every magnitude is 1
+    tokens = 0xFFFFFFFF - (run(x) & 0xFFFFFFFF)
+    assert torch.equal(tokens, torch.zeros(129, dtype=torch.int64))
+    assert torch.equal(run(x), expected_keys(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values(dtype, isa, threads):
+    values = special_values(dtype)
+    generator = torch.Generator().manual_seed(1)
+    for tokens in (1, 8, 30, 2000):
+        x = values[torch.randint(len(values), (tokens, 333), generator=generator)]
+        assert torch.equal(run(x), expected_keys(x))
+        quiet = torch.where(x.isnan(), torch.zeros((), dtype=dtype), x)
+        assert torch.equal(run(quiet), expected_keys(quiet))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_first_nan_counts_whatever_its_payload(dtype, isa):
+    values = special_values(dtype)
+    nans = values[values.isnan()]
+    for first in nans:
+        for second in nans:
+            x = random(40, 70, dtype=dtype)
+            x[3], x[4], x[20] = first, second, second
+            assert torch.equal(run(x), torch.full((70,), 0x7FC00000 << 32 | 0xFFFFFFFF - 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_magnitude_of_16_bits_has_its_float32(dtype, isa):
+    if dtype == torch.float32:
+        bits = torch.randint(-(2**31), 2**31 - 1, (65536,)).to(torch.int32)
+    else:
+        bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    x = bits.view(dtype)[None]
+    assert torch.equal(run(x), expected_keys(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_running_keys(dtype, isa):
+    x = random(900, 150, dtype=dtype)
+    x[5, 7] = x[700, 7] = 9.0  # a tie across calls, the earlier token coming later
+    x[800, 9] = float("nan")
+    keys = torch.zeros(150, dtype=torch.int64)
+    for start, end in ((600, 900), (0, 250), (250, 600), (600, 900)):
+        column_absmax(x[start:end], keys, None, start)
+    assert torch.equal(keys, expected_keys(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_known_keys_of_any_magnitude(dtype, isa):
+    """Where the state starts from keys, the start must not hide an equal or an earlier peak."""
+    values = special_values(dtype).abs()
+    known = special_values(torch.float32)
+    known = known[~known.isnan()].abs()
+    near = torch.cat([values.float(), torch.nextafter(values.float(), torch.tensor(0.0)), known])
+    near = near[~near.isnan()]
+    bits = torch.cat([near.view(torch.int32).long(), torch.tensor([0x7FC00000])])
+    for late in (0, 50, 4_000_000_000):
+        keys = bits << 32 | 0xFFFFFFFF - late
+        for value in values:
+            x = value.expand(3, len(keys)).contiguous()
+            assert torch.equal(run(x, keys, None, 10), expected_keys(x, keys, None, 10))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_row_strides_and_alignment(dtype, isa):
+    storage = random(70 * 301 + 5, dtype=dtype)
+    padded = storage[: 70 * 301].view(70, 301)
+    for x in (
+        padded[:, :200],
+        padded[:, 1:300],
+        padded[::3],
+        storage[3:].as_strided((60, 90), (17, 1)),
+        storage.as_strided((50, 65), (0, 1)),
+        padded[:, :1],
+        padded.t()[:1].t(),
+    ):
+        assert torch.equal(run(x), expected_keys(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_index(dtype, isa, threads):
+    tokens = 1200
+    generator = torch.Generator().manual_seed(2)
+    x = (random(tokens, 130, dtype=dtype) * 3).round()  # many ties
+    x[17, 3] = x[900, 3] = float("nan")
+    kept = torch.rand(tokens, generator=generator) < 0.7
+    in_order = torch.where(kept, kept.cumsum(0) - 1, -1)
+    shuffled = torch.randperm(tokens, generator=generator) - 100
+    repeated = torch.randint(-3, 40, (tokens,), generator=generator)
+    nothing = torch.full((tokens,), -1)
+    for index in (in_order, shuffled, repeated, nothing, in_order.flip(0).contiguous()):
+        for offset in (0, 12345):
+            assert torch.equal(run(x, None, index, offset), expected_keys(x, None, index, offset))
+
+
+def test_padding_does_not_change_keys(isa):
+    x = random(500, 96)
+    padded = torch.full((900, 96), 1e9)
+    mask = torch.zeros(900, dtype=torch.bool)
+    mask[torch.randperm(900, generator=torch.Generator().manual_seed(3))[:500]] = True
+    padded[mask] = x
+    index = torch.where(mask, mask.cumsum(0) - 1, -1)
+    assert torch.equal(run(padded, None, index), run(x))
+
+
+def test_the_last_tokens(isa):
+    x = random(9, 40)
+    last = 0xFFFFFFFE
+    assert torch.equal(run(x, None, None, last - 8), expected_keys(x, None, None, last - 8))
+    index = torch.tensor([last, -1, 0, -5, 7, 7, 7, last, last])
+    assert torch.equal(run(x, None, index), expected_keys(x, None, index))
+    keys = torch.zeros(40, dtype=torch.int64)
+    for bad_index, offset in ((None, last - 7), (None, -1), (index, 1), (index, last + 1)):
+        with pytest.raises(InvalidInput, match="token index"):
+            column_absmax(x, keys, bad_index, offset)
+    assert not keys.any()
+
+
+def test_denormals_survive_flush_to_zero(isa):
+    values = special_values(torch.float16)
+    x = values.view(torch.int16).abs().clamp(max=0x3FF).view(torch.float16)[None].contiguous()
+    expected = expected_keys(x)
+    tiny = special_values(torch.float32)[None].contiguous()
+    expected_tiny = expected_keys(tiny)
+    assert torch.set_flush_denormal(True)
+    try:
+        keys, tiny_keys = run(x), run(tiny)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(keys, expected)
+    assert torch.equal(tiny_keys, expected_tiny)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_column_absmax_anywhere(data):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    tokens, channels = data.draw(st.integers(0, 90)), data.draw(st.integers(1, 200))
+    stride = data.draw(st.integers(0, 300))
+    start = data.draw(st.integers(0, 9))
+    storage = random(start + tokens * stride + channels, dtype=dtype, seed=data.draw(st.integers(0, 9)))
+    if data.draw(st.booleans()):
+        storage = (storage * 2).round()
+    x = storage[start:].as_strided((tokens, channels), (stride, 1))
+    offset = data.draw(st.integers(0, 2**32 - 1000))
+    index = None
+    if data.draw(st.booleans()):
+        index = torch.tensor(
+            data.draw(st.lists(st.integers(-2, 100), min_size=tokens, max_size=tokens)),
+            dtype=torch.int64,
+        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SWKERNELS_CPU_ISA", data.draw(st.sampled_from(ISAS)))
+        keys = run(x, None, index, offset)
+    assert torch.equal(keys, expected_keys(x, None, index, offset))
+
+
+def test_addresses_past_2_to_the_31(isa):
+    """Four rows 2^31 bytes apart in memory of which only the pages read exist."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    stride, rows, channels = 2**31 + 64, 4, 130  # elements of 2 bytes
+    size = (stride * (rows - 1) + channels) * 2
+    no_reserve = 0x4000 | 0x22
+    address = libc.mmap(None, size, 3, no_reserve, -1, 0)
+    assert address not in (None, ctypes.c_void_p(-1).value)
+    try:
+        x = random(rows, channels, dtype=torch.bfloat16)
+        for row in range(rows):
+            place = address + row * stride * 2
+            ctypes.memmove(place, x[row].data_ptr(), channels * 2)
+        keys = torch.zeros(channels, dtype=torch.int64)
+        cpu.call("column_absmax", address, 1, rows, channels, stride, keys.data_ptr(), None, 0)
+    finally:
+        libc.munmap(address, size)
+    assert torch.equal(keys, expected_keys(x))
+
+
+# glu_absmax
+
+EAGER = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_glu_is_as_exact_as_pytorch(dtype, activation, isa):
+    """The largest and the root mean square error against float64: at most twice PyTorch's."""
+    for scale in (0.01, 0.3, 1.0, 4.0, 20.0):
+        gate = (random(64, 700, seed=1) * scale).to(dtype)
+        up = random(64, 700, dtype=dtype, seed=2)
+        exact = EAGER[activation](gate.double()) * up.double()
+        theirs = (EAGER[activation](gate) * up).double() - exact
+        ours = glu_absmax(gate, up, activation, None, None, 0).double() - exact
+        assert ours.abs().max() <= 2 * theirs.abs().max(), scale
+        assert ours.square().mean() <= 4 * theirs.square().mean(), scale
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_glu_special_values(dtype, activation, isa):
+    """NaN, infinities and zeros come out as in float64 arithmetic on PyTorch's own formulas."""
+    values = torch.cat(
+        [special_values(dtype), torch.tensor([-1e4, 1e4, -90.0, 90.0, -40.0], dtype=dtype)]
+    )
+    values = torch.cat([values, values[values.isfinite()].new_tensor([-3e38, 3e38, -1e20, 1e20])])
+    gate, up = (grid.contiguous() for grid in torch.meshgrid(values, values, indexing="ij"))
+    h = glu_absmax(gate, up, activation, None, None, 0)
+    act = EAGER[activation](gate.double())
+    if activation.startswith("gelu"):  # in float64 too, erf and tanh reach -1: -inf * 0
+        act = torch.where(gate == -float("inf"), float("nan"), act)
+    expected = act * up.double()
+    # act(gate) underflows in float32, to 0 of its sign.
+    small = (expected.abs() < 1e-30) | (act.abs() < 1e-30)
+    assert torch.equal(h.isnan()[~small], expected.isnan()[~small])
+    rounded = expected.float().to(dtype)
+    known = ~small & ~expected.isnan()
+    assert torch.equal(h.isinf()[known], rounded.isinf()[known])
+    assert torch.equal(h.signbit()[known], rounded.signbit()[known])
+    zero = (gate.double() == 0) & up.isfinite()
+    assert torch.equal(h[zero], (gate * up)[zero])
+    assert torch.equal(h.signbit()[zero & (gate.signbit())], (gate * up).signbit()[zero & gate.signbit()])
+
+
+@pytest.mark.parametrize("keys_wanted", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_glu_peaks_are_those_of_h(dtype, keys_wanted, isa, threads):
+    for tokens, channels in ((0, 5), (1, 64), (63, 700), (1000, 130), (5, 20_000)):
+        gate, up = random(tokens, channels, dtype=dtype, seed=4), random(tokens, channels, seed=5)
+        up = up.to(dtype)
+        index = torch.arange(tokens).flip(0) - tokens // 4 if tokens else None
+        for token_index in (None, index, torch.arange(tokens) - tokens // 2):
+            keys = torch.zeros(channels, dtype=torch.int64) if keys_wanted else None
+            h = glu_absmax(gate, up, "silu", keys, token_index, 3)
+            assert torch.equal(h, glu_absmax(gate, up, "silu", None, None, 0))
+            if keys_wanted:
+                assert torch.equal(keys, expected_keys(h, None, token_index, 3))
+                assert torch.equal(keys, run(h, None, token_index, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_glu_takes_halves_of_one_projection(dtype, isa):
+    both = random(90, 2 * 333, dtype=dtype)
+    gate, up = both.chunk(2, dim=1)
+    keys = torch.zeros(333, dtype=torch.int64)
+    h = glu_absmax(gate, up, "gelu_tanh", keys, None, 0)
+    assert torch.equal(
+        h, glu_absmax(gate.contiguous(), up.contiguous(), "gelu_tanh", None, None, 0)
+    )
+    assert torch.equal(keys, expected_keys(h))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_glu_writes_all_of_h_and_nothing_else(dtype, isa):
+    channels = 333
+    frame = torch.full((12, 400), -7.0, dtype=dtype)
+    gate, up = random(10, channels, dtype=dtype), random(10, channels, dtype=dtype, seed=1)
+    inside = frame[1:11, 20 : 20 + channels]
+    code = _native.DTYPES[str(dtype)]
+    cpu.call(
+        "glu_absmax", gate.data_ptr(), channels, up.data_ptr(), channels, inside.data_ptr(), 400,
+        code, 0, 10, channels, None, None, 0,
+    )  # fmt: skip
+    assert torch.equal(inside, glu_absmax(gate, up, "silu", None, None, 0))
+    inside.fill_(-7.0)
+    assert (frame == -7.0).all()
+
+
+def test_float16_conversions_are_exact(isa):
+    """relu(x) * 1 rounds a float16 through float32 and back; products round as PyTorch's do."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)[None]
+    x = x[:, ~x.isnan()[0]].contiguous()
+    h = glu_absmax(x, torch.ones_like(x), "relu", None, None, 0)
+    assert torch.equal(h, F.relu(x))
+    generator = torch.Generator().manual_seed(6)
+    a, b = (
+        torch.randint(0, 0x7C00, (1, 200_000), generator=generator).to(torch.int16).view(torch.float16)
+        for _ in range(2)
+    )
+    for dtype in (torch.float16, torch.bfloat16):
+        p, q = a.to(dtype), b.to(dtype)
+        exact = (p.float() * q.float()).to(dtype)
+        assert torch.equal(glu_absmax(p, q, "relu", None, None, 0), exact)
+
+
+# linear_absmax
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_absmax(dtype, bias, isa):
+    x, weight = random(77, 60, dtype=dtype), random(90, 60, dtype=dtype, seed=1)
+    b = random(90, dtype=dtype, seed=2) if bias else None
+    index = torch.arange(77) - 5
+    in_keys, out_keys = torch.zeros(60, dtype=torch.int64), torch.zeros(90, dtype=torch.int64)
+    y = linear_absmax(x, weight, b, in_keys, out_keys, index, 9)
+    assert torch.equal(y, F.linear(x, weight, b))
+    assert torch.equal(in_keys, expected_keys(x, None, index, 9))
+    assert torch.equal(out_keys, expected_keys(y, None, index, 9))
+    assert torch.equal(linear_absmax(x, weight, b, None, None, None, 0), y)
+
+
+# What it refuses, and how it is found.
+
+
+def test_supports():
+    assert supports(torch.zeros(3, 4)) is None
+    assert supports(torch.zeros(4, 3).t()[:, :1]) is None
+    assert "float64" in supports(torch.zeros(3, 4, dtype=torch.float64))
+    assert "meta" in supports(torch.zeros(3, 4, device="meta"))
+    assert "strides" in supports(torch.zeros(4, 3).t())
+    assert "sparse" in supports(torch.zeros(3, 4).to_sparse())
+
+
+def test_isa_is_checked(monkeypatch):
+    monkeypatch.delenv("SWKERNELS_CPU_ISA", raising=False)
+    assert cpu.isa() == ISAS[-1]
+    monkeypatch.setenv("SWKERNELS_CPU_ISA", "neon")
+    with pytest.raises(BackendUnavailable, match="scalar, avx2 or avx512, got 'neon'"):
+        cpu.isa()
+    with pytest.raises(BackendUnavailable, match="neon"):
+        run(torch.zeros(1, 1))
+
+
+def test_status_codes():
+    lib, x = cpu.library(), torch.zeros(2, 3)
+    keys = torch.zeros(3, dtype=torch.int64)
+
+    def status(dtype=0, tokens=2, channels=3, data=x.data_ptr(), isa=0):
+        arguments = (data, dtype, tokens, channels, 3, keys.data_ptr(), None, 0, 1, isa)
+        return lib.swk_cpu_column_absmax(*arguments)
+
+    assert status() == 0
+    for code, word in (
+        (status(dtype=3), "float16"),
+        (status(tokens=-1), "size"),
+        (status(channels=-1), "size"),
+        (status(data=None), "null"),
+        (status(isa=4), "instruction set"),
+    ):
+        assert word in _native.status_text(lib, code)
+    assert status(tokens=0, data=None) == 0
+    glu = (x.data_ptr(), 3, x.data_ptr(), 3, torch.empty(2, 3).data_ptr(), 3, 0, 4, 2, 3)
+    code = lib.swk_cpu_glu_absmax(*glu, None, None, 0, 1, 0)
+    assert "silu" in _native.status_text(lib, code)
+
+
+def test_header_and_package_agree():
+    header = (ROOT / "csrc" / "swkernels.h").read_text()
+    assert f"#define SWK_INTERFACE_VERSION {_native.INTERFACE_VERSION}\n" in header
+
+
+LOAD_FROM_COPY = """
+import json, shutil, sys
+from swkernels import _native
+from pathlib import Path
+directory = Path(sys.argv[1])
+_native.DIRECTORY = directory
+from swkernels.backends import cpu
+print(json.dumps(cpu.available()))
+"""
+
+
+@pytest.mark.parametrize(
+    "record, library, words",
+    [
+        ({"cpu": {"reason": "no C++ compiler was found"}}, None, "no C++ compiler was found"),
+        (None, None, "no record of a build"),
+        (None, b"not a library", "does not load"),
+    ],
+)
+def test_available_says_what_is_missing(tmp_path, record, library, words):
+    if record is not None:
+        (tmp_path / "build.json").write_text(json.dumps(record))
+    if library is not None:
+        (tmp_path / f"libswkernels_cpu{_native.SUFFIX}").write_bytes(library)
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD_FROM_COPY, str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert words in json.loads(result.stdout)
+
+
+def test_one_thread_pool(tmp_path):
+    """Work runs on the OpenMP runtime that libtorch_cpu is linked to, and no other is loaded."""
+    code = (
+        "import torch, os\n"
+        "torch.set_num_threads(2); torch.randn(600, 600) @ torch.randn(600, 600)\n"
+        "from swkernels.backends import cpu\n"
+        "from swkernels.backends.cpu.column_absmax import column_absmax\n"
+        "def runtimes(): return {line.split()[-1] for line in open('/proc/self/maps')"
+        " if 'gomp' in line or 'iomp' in line or 'libomp' in line}\n"
+        "before, tasks = runtimes(), len(os.listdir('/proc/self/task'))\n"
+        "column_absmax(torch.randn(4000, 500), torch.zeros(500, dtype=torch.int64), None, 0)\n"
+        "assert cpu._torch_thread_pool() is not None\n"
+        "print(before == runtimes(), len(os.listdir('/proc/self/task')) - tasks)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["True", "0"]

@@ -1,0 +1,63 @@
+"""Shared set-up: Triton's interpreter where there is no GPU, poisoned allocations, real input."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+if not torch.cuda.is_available():
+    # Read when triton is first imported: its kernels then run on the CPU, for these tests.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_PACKAGE = "swkernels"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(monkeypatch):
+    """Fill what the package allocates without a value: NaN, and 0xA5 bytes for integers.
+
+    An output that a kernel leaves partly unwritten then fails every comparison.
+    """
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, _poisoning(getattr(torch.Tensor, name)))
+
+
+def _poisoning(allocate):
+    def allocate_poisoned(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if not caller.startswith(_PACKAGE) or tensor.is_meta or torch.compiler.is_compiling():
+            return tensor
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        if tensor.dtype != torch.bool:
+            tensor.view(torch.uint8).fill_(0xA5)
+        return tensor
+
+    return allocate_poisoned
+
+
+@pytest.fixture(scope="session")
+def smollm2_path():
+    """The folder of the converted SmolLM2-135M-Instruct (see benchmarks.models.smollm2)."""
+    from benchmarks.models import smollm2
+
+    return smollm2.prepare()
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path):
+    """(model, tokenizer): a real model with real super weights, float32, in eval mode."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(smollm2_path)

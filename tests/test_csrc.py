@@ -1,0 +1,104 @@
+"""The C++ sources themselves: any C++17 compiler, no warnings, no undefined behaviour."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from swkernels.backends import cpu, cuda
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+CPU_SOURCES = [*sorted((CSRC / "cpu").glob("*.cpp")), CSRC / "status.cpp"]
+COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
+WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror"]
+
+if not COMPILERS:
+    pytest.skip("neither g++ nor clang++ is installed", allow_module_level=True)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_no_warnings(compiler):
+    command = [compiler, "-std=c++17", "-fsyntax-only", *WARNINGS, *map(str, CPU_SOURCES)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_header_is_plain_c(tmp_path):
+    source = tmp_path / "header.c"
+    source.write_text('#include "swkernels.h"\nint main(void) { return SWK_OK; }\n')
+    command = [COMPILERS[0].replace("++", "cc").replace("clangcc", "clang"), "-std=c99"]
+    command += [*WARNINGS[:3], "-Werror", "-fsyntax-only", "-I", str(CSRC), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_python_declares_what_the_header_does():
+    """As many arguments, of the same kinds, in the same order."""
+    header = re.sub(r"//.*", "", (CSRC / "swkernels.h").read_text())
+    declared = dict(re.findall(r"SWK_API int (swk_\w+)\(([^)]*)\)", header))
+    kinds = {"void*": "c_void_p", "int64_t*": "c_void_p", "int": "c_int", "int64_t": "c_long"}
+
+    def of_header(name):
+        types = [re.sub(r"\bconst\b", "", a).split() for a in declared[name].split(",")]
+        return [kinds["".join(words[:-1])] for words in types]
+
+    signatures = cpu._SIGNATURES | cuda._SIGNATURES
+    for name, arguments in signatures.items():
+        assert [kind.__name__ for kind in arguments] == of_header(name), name
+    integers = {name for name in declared if name.startswith(("swk_cpu", "swk_cuda"))}
+    assert integers == set(signatures)
+
+
+SANITIZED = """
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+#include "swkernels.h"
+
+int main() {
+  for (int isa = SWK_ISA_SCALAR; isa <= SWK_ISA_AVX512; ++isa) {
+    if (!swk_cpu_isa(isa)) continue;
+    for (int dtype = SWK_FLOAT32; dtype <= SWK_FLOAT16; ++dtype) {
+      for (int64_t T : {0, 1, 9, 30}) for (int64_t C : {1, 63, 700, 20011}) {
+        const size_t bytes = static_cast<size_t>(T * C) * (dtype == SWK_FLOAT32 ? 4 : 2);
+        // Of exactly the size, so that a read or a write past the end is an error.
+        std::vector<unsigned char> x(bytes), h(bytes);
+        for (auto& byte : x) byte = static_cast<unsigned char>(std::rand());
+        std::vector<int64_t> keys(static_cast<size_t>(C)), tokens(static_cast<size_t>(T));
+        for (auto& token : tokens) token = std::rand() % 90 - 20;
+        const int64_t* const index = T == 9 ? tokens.data() : nullptr;
+        int status = swk_cpu_column_absmax(x.data(), dtype, T, C, C, keys.data(), index, 3, 2, isa);
+        for (int act = SWK_SILU; act <= SWK_RELU; ++act) {
+          status |= swk_cpu_glu_absmax(x.data(), C, x.data(), C, h.data(), C, dtype, act, T, C,
+                                       keys.data(), index, 3, 2, isa);
+        }
+        if (status) return std::printf("status %d", status), 1;
+      }
+    }
+  }
+  return 0;
+}
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the sanitizers need gcc or clang on Unix")
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers(tmp_path, sanitizer):
+    """No access out of bounds, no undefined behaviour, no data race."""
+    (tmp_path / "main.cpp").write_text(SANITIZED)
+    program = tmp_path / "main"
+    command = [
+        *(COMPILERS[0], "-std=c++17", "-O0", "-g", f"-fsanitize={sanitizer}", "-pthread"),
+        *("-fno-sanitize-recover=all", "-I", str(CSRC), str(tmp_path / "main.cpp")),
+        *(*map(str, CPU_SOURCES), "-o", str(program)),
+    ]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
