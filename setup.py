@@ -165,7 +165,9 @@ def _compile(command: list[str], output: Path) -> None:
 
 def _compiler_version(compiler: str) -> str:
     try:
-        result = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [compiler, "--version"], capture_output=True, text=True, check=False
+        )
     except OSError:
         return compiler
     lines = [line for line in result.stdout.splitlines() if line.strip()]
@@ -208,7 +210,9 @@ class build_native(Command):
                 f"its other backends. {entry['reason']}"
             )
         else:
-            self.announce(f"libswkernels_{name} is not built: {entry['reason']}", level=logging.INFO)
+            self.announce(
+                f"libswkernels_{name} is not built: {entry['reason']}", level=logging.INFO
+            )
 
     def built(self) -> list[Path]:
         """The libraries that stand in the build directory."""

@@ -30,7 +30,7 @@ inline float float_of(uint32_t bits) {
 //   Bits, kMagnitude (mask, and the state of a channel that has seen NaN), kInfinity;
 //   key_bits(m): the float32 bits of a magnitude m <= kInfinity;
 //   below(k): a magnitude m (or -1) such that everything whose float32 bits are at least k
-//       exceeds m. The higher m, the fewer records; -1 would be right always. k <= kInfinityBits + 1.
+//       exceeds m, for k <= kInfinityBits + 1. -1 is always right; a higher m saves work.
 
 struct Float32 {
   using Bits = int32_t;

@@ -60,9 +60,10 @@ class ScanConfig:
         verify: measure; without it every candidate's verdict is "candidate".
         eval_tokens, eval_length: size of the evaluation text and of its windows.
         critical_ratio, critical_damage: a loss that ruins the model: perplexity times 4, or
-            half of the information in its predictions.
+            two fifths of the information in its predictions.
         mild_ratio, mild_damage: a loss that is there at all (and above every null draw).
-        keep_share: a set's member is dropped when the others keep this share of the severity.
+        spare_share: a set's member is dropped when it accounts for less than this part of an
+            equal share of the set's severity.
         null_draws: random weights of the candidates' magnitude that are zeroed for comparison.
         seed: of the null and the bootstrap.
         backend: explicit backend of the operations, or None.
@@ -84,10 +85,10 @@ class ScanConfig:
     eval_tokens: int = 2048
     eval_length: int = 256
     critical_ratio: float = 4.0
-    critical_damage: float = 0.5
+    critical_damage: float = 0.4
     mild_ratio: float = 1.05
     mild_damage: float = 0.02
-    keep_share: float = 0.8
+    spare_share: float = 0.5
     null_draws: int = 6
     seed: int = 42
     backend: str | None = None

@@ -195,8 +195,8 @@ def _components(candidates: list[Candidate], linked) -> list[list[int]]:
 def _reduce(sets: list[WeightSet], judge: Judge, measure) -> list[WeightSet]:
     """Leave out, one at a time, the members that a harmful set does not need.
 
-    A member is not needed when the others alone keep ``keep_share`` of the set's severity. The
-    least needed goes first. A set that comes down to one weight is that weight's own story and is
+    A member is not needed when its loss takes less than ``spare_share`` of an equal share of the
+    severity: the others alone keep 1 - spare_share / n of it. The least needed goes first. A set that comes down to one weight is that weight's own story and is
     not reported as a set; an inert set is reported as it is.
     """
     kept = []
@@ -209,7 +209,7 @@ def _reduce(sets: list[WeightSet], judge: Judge, measure) -> list[WeightSet]:
             severity = judge.severity(weight_set.measurement)
             rest = {i: judge.severity(m) for i, m in weight_set.leave_one_out.items()}
             spare = max(rest, key=lambda i: (rest[i], i))
-            if rest[spare] < judge.config.keep_share * severity:
+            if rest[spare] < (1 - judge.config.spare_share / len(members)) * severity:
                 break
             remaining = [j for j in members if j != spare]
             weight_set = WeightSet(remaining, weight_set.leave_one_out[spare])
@@ -258,6 +258,8 @@ def _verdicts(singles, sets: list[WeightSet], judge: Judge):
             verdicts.append(SUPER_WEIGHT)
         elif critical:
             verdicts.append(PART_OF_SET)
+        elif any(sets[k].verdict == MILD for k in mine):
+            verdicts.append(MILD)
         else:
             verdicts.append(level)
         set_of.append(mine[0] if mine else None)

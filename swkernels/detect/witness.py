@@ -53,16 +53,20 @@ class Spike:
 
     @property
     def persistence(self) -> float:
-        """Share of the blocks from the spike's own on whose output still carries it.
+        """Share of the blocks from the spike's own on whose output carries the spike.
 
-        A block carries the spike when the residual channel has the spike's sign and at least
-        half its magnitude at the spike's token. A spike that cancels what earlier layers wrote
-        (the common inert spike of the last layers) has persistence 0.
+        The spike has entered the residual stream when the channel leaves its own block with the
+        spike's sign (and a tenth of its magnitude: a router or a norm may scale it). A later
+        block carries it while the channel keeps that sign and half of that magnitude. A spike
+        that cancels what earlier layers wrote, the common inert spike of the last layers, has
+        persistence 0.
         """
         if not self.residual:
             return 0.0
-        y = self.y
-        carried = sum(h * y > 0 and abs(h) >= 0.5 * abs(y) for h in self.residual)
+        y, entered = self.y, self.residual[0]
+        if entered * y <= 0 or abs(entered) < 0.1 * abs(y):
+            return 0.0
+        carried = sum(h * entered > 0 and abs(h) >= 0.5 * abs(entered) for h in self.residual)
         return carried / len(self.residual)
 
 

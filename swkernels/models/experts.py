@@ -157,14 +157,23 @@ class ExpertObserver(TorchFunctionMode):
         self._hold(projection, pieces, x, y)
 
     def _hold(self, projection, pieces, x, y) -> None:
-        rows = x.numel() // x.shape[-1]
-        tokens = self._tokens
-        if tokens is None or len(tokens) != rows:
-            known = rows == self._count
-            tokens = torch.arange(rows, device=x.device) if known else None
+        tokens = self._tokens_of(x)
         self._held = _Call(projection, pieces, x, y, tokens)
         if not hasattr(projection.module, f"{projection.parameter}_bias"):
             self._release()
+
+    def _tokens_of(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Which tokens the rows of x are: those gathered last, a slice of them, or all."""
+        rows = x.numel() // x.shape[-1]
+        if self._tokens is not None:
+            gathered = len(self._tokens)
+            if rows == gathered:
+                return self._tokens
+            row_bytes = x.shape[-1] * x.element_size()
+            if x.is_contiguous() and x.untyped_storage().nbytes() == gathered * row_bytes:
+                start = x.storage_offset() // x.shape[-1]  # x is a split of the gathered rows
+                return self._tokens[start : start + rows]
+        return torch.arange(rows, device=x.device) if rows == self._count else None
 
     def _release(self) -> None:
         call, self._held = self._held, None

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from swkernels import _native
-from swkernels.backends import cuda
+from swkernels.backends import cuda, native
 from swkernels.backends.cuda.column_absmax import column_absmax, supports
 
 from .oracle import expected_keys, special_values
@@ -66,6 +65,7 @@ def host_library(tmp_path_factory):
         pointer, ctypes.c_int, number, number, number, pointer, pointer, number, pointer,
     ]  # fmt: skip
     library.swk_cuda_last_error.restype = ctypes.c_char_p
+    library.swk_status_text.restype = ctypes.c_char_p
     return library
 
 
@@ -75,7 +75,7 @@ def on_host(host_library):
         keys = torch.zeros(x.shape[1], dtype=torch.int64) if keys is None else keys.clone()
         index = None if token_index is None else token_index.data_ptr()
         status = host_library.swk_cuda_column_absmax(
-            x.data_ptr(), _native.DTYPES[str(x.dtype)], *x.shape, x.stride(0), keys.data_ptr(),
+            x.data_ptr(), native.DTYPES[str(x.dtype)], *x.shape, x.stride(0), keys.data_ptr(),
             index, token_offset, None,
         )  # fmt: skip
         assert status == 0, status
@@ -123,13 +123,33 @@ def test_logic_token_index(on_host, dtype):
 def test_status(host_library):
     x, keys = torch.ones(2, 3), torch.zeros(3, dtype=torch.int64)
 
-    def status(dtype=0, tokens=2, data=x.data_ptr(), offset=0):
+    address = x.data_ptr()
+
+    def status(dtype=0, tokens=2, data=address, offset=0):
         arguments = (data, dtype, tokens, 3, 3, keys.data_ptr(), None, offset, None)
         return host_library.swk_cuda_column_absmax(*arguments)
 
     codes = [status(), status(dtype=3), status(tokens=-1), status(data=None)]
     assert codes == [0, 1, 3, 3]
     assert [status(offset=-1), status(offset=0xFFFFFFFE), status(tokens=0)] == [4, 4, 0]
+
+
+@needs_cxx
+def test_a_launch_that_fails_is_named(host_library, on_host, monkeypatch):
+    monkeypatch.setattr(cuda, "library", lambda: host_library)
+    host_library.fail_next_launch()
+    with pytest.raises(AssertionError, match="7"):
+        on_host(torch.zeros(3, 300))
+    with pytest.raises(RuntimeError) as caught:
+        cuda.check(7, "column_absmax of [3, 300] torch.float32")
+    assert str(caught.value) == (
+        "column_absmax of [3, 300] torch.float32 on CUDA: "
+        "column_absmax<<<(3, 1, 1), (32, 8, 1)>>>: invalid configuration argument "
+        "(cudaErrorInvalidConfiguration)"
+    )
+    with pytest.raises(RuntimeError, match="token index"):
+        cuda.check(4, "column_absmax")
+    cuda.check(0, "column_absmax")
 
 
 def test_supports():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from swkernels import _native
+from swkernels.backends import native
 from swkernels.errors import BackendUnavailable, InvalidInput
 
 ISAS = ("best", "scalar", "avx2", "avx512")  # in the order of enum swk_isa
@@ -35,7 +35,7 @@ _SIGNATURES = {
 
 def available() -> str | None:
     """Return None if the CPU library is usable, else one line: what is missing."""
-    return _native.problem("cpu")
+    return native.problem("cpu")
 
 
 def isa() -> str:
@@ -62,7 +62,7 @@ def library() -> ctypes.CDLL:
     Raises:
         BackendUnavailable: see ``available``.
     """
-    lib = _native.load("cpu")
+    lib = native.load("cpu")
     for name, arguments in _SIGNATURES.items():
         function = getattr(lib, name)
         function.argtypes, function.restype = arguments, _int
@@ -84,7 +84,7 @@ def call(name: str, *arguments) -> None:
     if status != 0:
         isa()  # has the better words where that is what is wrong
         error = MemoryError if status == _OUT_OF_MEMORY else InvalidInput
-        raise error(f"{name} on the CPU: {_native.status_text(lib, status)}")
+        raise error(f"{name} on the CPU: {native.status_text(lib, status)}")
 
 
 def refuse(*tensors: torch.Tensor) -> str | None:
@@ -92,7 +92,7 @@ def refuse(*tensors: torch.Tensor) -> str | None:
     for x in tensors:
         if x.device.type != "cpu":
             return f"it takes CPU tensors, got {x.device}"
-        if str(x.dtype) not in _native.DTYPES:
+        if str(x.dtype) not in native.DTYPES:
             return f"it takes float32, bfloat16 and float16, got {x.dtype}"
         if x.layout != torch.strided:
             return f"it takes dense tensors, got {x.layout}"
@@ -109,9 +109,7 @@ def address(tensor: torch.Tensor | None) -> int | None:
 def _requested_isa() -> str:
     name = os.environ.get("SWKERNELS_CPU_ISA") or "best"
     if name not in ISAS:
-        raise BackendUnavailable(
-            f"SWKERNELS_CPU_ISA must be scalar, avx2 or avx512, got {name!r}"
-        )
+        raise BackendUnavailable(f"SWKERNELS_CPU_ISA must be scalar, avx2 or avx512, got {name!r}")
     return name
 
 

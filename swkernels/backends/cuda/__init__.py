@@ -10,7 +10,9 @@ from functools import cache
 
 import torch
 
-from swkernels import _native
+from swkernels.backends import native
+
+_CUDA_ERROR = 7  # SWK_CUDA_ERROR
 _pointer, _int, _int64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
     "swk_cuda_column_absmax": [
@@ -25,7 +27,7 @@ def available() -> str | None:
         return "PyTorch is built for ROCm; CUDA C++ needs an NVIDIA GPU"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA GPU"
-    return _native.problem("cuda")
+    return native.problem("cuda")
 
 
 @cache
@@ -35,7 +37,7 @@ def library() -> ctypes.CDLL:
     Raises:
         BackendUnavailable: it was not built, does not load, or is of another version.
     """
-    lib = _native.load("cuda")
+    lib = native.load("cuda")
     for name, arguments in _SIGNATURES.items():
         function = getattr(lib, name)
         function.argtypes, function.restype = arguments, _int

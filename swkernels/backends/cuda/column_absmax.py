@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from swkernels._native import DTYPES
+from swkernels.backends.native import DTYPES
 
 from . import check, library
 

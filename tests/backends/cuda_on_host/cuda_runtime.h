@@ -49,12 +49,18 @@ inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidConfi
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 1, cudaSuccess; }
 
+inline bool next_launch_fails = false;
+extern "C" __attribute__((used)) inline void fail_next_launch() { next_launch_fails = true; }
+
 // As the real one, which takes the addresses of the arguments; kernels here have one argument.
 template <class Parameter>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameter), dim3 grid, dim3 block, void** arguments,
                              size_t, cudaStream_t) {
   const Parameter argument = *static_cast<Parameter*>(arguments[0]);
-  if (grid.y > 65535 || block.x * block.y * block.z > 1024) return cudaErrorInvalidConfiguration;
+  if (next_launch_fails || grid.y > 65535 || block.x * block.y * block.z > 1024) {
+    next_launch_fails = false;
+    return cudaErrorInvalidConfiguration;
+  }
   const unsigned threads = block.x * block.y;
   gridDim = grid;
   pthread_barrier_init(&block_barrier, nullptr, threads);

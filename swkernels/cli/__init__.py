@@ -1,0 +1,94 @@
+"""The command ``swkernels``: scan a model, look at the installation.
+
+Nothing heavy is imported before a command runs, so that ``swkernels --help`` is quick. Every error
+that a user can act on is one line on standard error, with exit code 2; Ctrl-C gives 130.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from swkernels.errors import SwkernelsError
+
+from .doctor import doctor
+from .scan import scan
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+_ClickException = typer.BadParameter.__mro__[2]  # the base of every error about the command line
+
+app = typer.Typer(
+    name="swkernels",
+    help="Find super weights in language models and prove them by measurement.",
+    no_args_is_help=False,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(scan)
+app.command()(doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"swkernels {version('swkernels')}")
+        except PackageNotFoundError:
+            from swkernels import __version__
+
+            typer.echo(f"swkernels {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with ``arguments`` (None: the process's own) and return the exit code."""
+    if not sys.stderr.isatty():
+        # Libraries' progress bars have no place in a log; read when tqdm is first imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        code = app(arguments, prog_name="swkernels", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except _ClickException as error:
+        return _fail(error.format_message())
+    except SwkernelsError as error:
+        return _fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _fail("out of memory: lower --batch-size or --length, or use --dtype bfloat16")
+    if code == INTERRUPTED:
+        print("swkernels: interrupted, nothing was written", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # torch.OutOfMemoryError is a RuntimeError; asked by name, as torch may not be loaded here.
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _fail(message: str) -> int:
+    print(f"swkernels: error: {' '.join(message.split())}", file=sys.stderr)
+    return USER_ERROR

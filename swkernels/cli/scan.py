@@ -1,0 +1,192 @@
+"""``swkernels scan``: from a model's name to a table, a report, a plot and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import OutputDirectory, make_console
+
+# The defaults shown are ScanConfig's, which is too heavy to import for --help; a test compares.
+_MODEL = typer.Argument(
+    metavar="MODEL", help="A directory, a .gguf file or a name on the Hugging Face hub."
+)
+_TEXT = typer.Option(help="UTF-8 text to scan over.", show_default="prose of Python's own help")
+_DATASET = typer.Option(help="A .txt or .jsonl file, or a Hugging Face data set NAME[:CONFIG].")
+_EVAL_TEXT = typer.Option(help="UTF-8 text to verify on.", show_default="the scanned text")
+_SAMPLES = typer.Option(help="Samples to read peaks over.", show_default="8")
+_LENGTH = typer.Option(help="Tokens of a sample.", show_default="512")
+_BATCH_SIZE = typer.Option(help="Samples that run together.", show_default="1")
+_EVAL_TOKENS = typer.Option(help="Tokens to verify on.", show_default="2048")
+_DEVICE = typer.Option(help="cpu, cuda, cuda:N or auto.", show_default="a GPU if there is one")
+_DTYPE = typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")
+_SPECIAL_TOKENS = typer.Option(
+    help="tokenizer (as it does by itself), force (a BOS before every sample) or none.",
+    show_default="tokenizer",
+)
+_METHOD = typer.Option(
+    "--method",
+    help="What may name candidates: dominance, outlier, threshold. Repeatable.",
+    show_default="dominance",
+)
+_MAX_CANDIDATES = typer.Option(help="The strongest that are kept.", show_default="24")
+_NO_VERIFY = typer.Option("--no-verify", help="List candidates, measure nothing.")
+_BACKEND = typer.Option(
+    help="reference, cpu, triton or cuda for every operation.", show_default="the best there is"
+)
+_SEED = typer.Option(help="Of the null draws and the bootstrap.", show_default="42")
+_TRUST = typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+_OUTPUT = typer.Option("-o", "--output", help="Folder for report.json, report.html, spikes.png.")
+
+
+def scan(
+    model: Annotated[str, _MODEL],
+    text: Annotated[Path | None, _TEXT] = None,
+    dataset: Annotated[str | None, _DATASET] = None,
+    eval_text: Annotated[Path | None, _EVAL_TEXT] = None,
+    samples: Annotated[int | None, _SAMPLES] = None,
+    length: Annotated[int | None, _LENGTH] = None,
+    batch_size: Annotated[int | None, _BATCH_SIZE] = None,
+    eval_tokens: Annotated[int | None, _EVAL_TOKENS] = None,
+    device: Annotated[str | None, _DEVICE] = None,
+    dtype: Annotated[str | None, _DTYPE] = None,
+    special_tokens: Annotated[str | None, _SPECIAL_TOKENS] = None,
+    methods: Annotated[list[str] | None, _METHOD] = None,
+    max_candidates: Annotated[int | None, _MAX_CANDIDATES] = None,
+    no_verify: Annotated[bool, _NO_VERIFY] = False,
+    backend: Annotated[str | None, _BACKEND] = None,
+    seed: Annotated[int | None, _SEED] = None,
+    trust_remote_code: Annotated[bool, _TRUST] = False,
+    output: Annotated[Path | None, _OUTPUT] = None,
+) -> None:
+    """Find the super weights of MODEL and prove them by measurement."""
+    from swkernels.detect import loading
+    from swkernels.detect import scan as detection
+
+    settings = {
+        "samples": samples,
+        "length": length,
+        "batch_size": batch_size,
+        "eval_tokens": eval_tokens,
+        "special_tokens": special_tokens,
+        "methods": tuple(methods) if methods else None,
+        "max_candidates": max_candidates,
+        "verify": not no_verify,
+        "backend": backend,
+        "seed": seed,
+    }
+    config = detection.ScanConfig(**{k: v for k, v in settings.items() if v is not None})
+    _check_options(config, device, dtype)
+    inputs, source = _inputs(text, dataset)
+    eval_inputs = _read(eval_text)
+    console = make_console()
+    with OutputDirectory(output) as folder, _progress(console) as progress:
+        progress("loading the model", 0, 1)
+        loaded, tokenizer, fingerprint = loading.load_model(
+            model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        progress("loading the model", 1, 1)
+        report = detection.scan(
+            loaded,
+            inputs,
+            tokenizer=tokenizer,
+            eval_inputs=eval_inputs,
+            config=config,
+            progress=progress,
+            name=model,
+            fingerprint=fingerprint,
+            source=source,
+        )
+        if output is not None:
+            folder.write(_writers(report))
+    _show(report.to_dict(), console, folder.written)
+
+
+def _check_options(config, device: str | None, dtype: str | None) -> None:
+    """Refuse what ScanConfig does not, before a text or a model is read."""
+    import importlib
+
+    from swkernels import backends
+    from swkernels.detect import loading
+    from swkernels.detect.text import SPECIAL_TOKENS
+    from swkernels.errors import BackendUnavailable, InvalidInput
+
+    if config.special_tokens not in SPECIAL_TOKENS:
+        raise InvalidInput(
+            f"--special-tokens must be one of {', '.join(SPECIAL_TOKENS)}, got "
+            f"{config.special_tokens!r}"
+        )
+    if config.max_candidates < 1:
+        raise InvalidInput(f"--max-candidates must be at least 1, got {config.max_candidates}")
+    loading.check_device(device)
+    loading.check_dtype(dtype)
+    name = backends.explicit_choice(config.backend)
+    if name is not None:
+        missing = importlib.import_module(f"swkernels.backends.{name}").available()
+        if missing is not None:
+            raise BackendUnavailable(f"backend {name!r} is not there: {missing}")
+
+
+def _inputs(text: Path | None, dataset: str | None):
+    """Return the text or texts and what to call them; None for the default text."""
+    from swkernels.detect.text import read_dataset
+    from swkernels.errors import InvalidInput
+
+    if text is not None and dataset is not None:
+        raise InvalidInput("--text and --dataset exclude each other: give one of them")
+    if dataset is not None:
+        return read_dataset(dataset), dataset
+    return _read(text), str(text) if text is not None else None
+
+
+def _read(path: Path | None) -> str | None:
+    from swkernels.detect.text import read_text
+
+    return None if path is None else read_text(path)
+
+
+def _writers(report) -> dict[str, Callable[[Path], None]]:
+    """Render everything before anything is written; report.json last, as the sign of success."""
+    from swkernels.detect import page, plots
+    from swkernels.detect.report import write_atomically
+
+    document = report.to_dict()
+    return {
+        "spikes.png": partial(write_atomically, content=plots.spikes_png(document)),
+        "report.html": partial(write_atomically, content=page.render(document)),
+        "report.json": report.save,
+    }
+
+
+@contextmanager
+def _progress(console) -> Iterator:
+    """Yield ``progress(stage, done, total)``: a bar a stage on a terminal, else a line a stage."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    ) as bars:
+        tasks: dict[str, int] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+                if not console.is_terminal:
+                    console.print(stage)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield progress
+
+
+def _show(document: dict, console, written: list[Path]) -> None:
+    from swkernels.detect import table
+
+    table.render(document, console)
+    for path in written:
+        console.print(str(path), soft_wrap=True, markup=False)

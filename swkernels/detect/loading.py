@@ -1,0 +1,288 @@
+"""Load a model and its tokenizer from disk or the Hugging Face hub, safely and quietly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from swkernels.errors import InvalidInput
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_GGUF_HEAD = 1 << 20
+_LONGEST_REASON = 300
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+):
+    """Load a language model for a scan.
+
+    Args:
+        name_or_path: a directory with config.json and safetensors, a .gguf file (needs the extra
+            ``gguf``), or a name on the Hugging Face hub.
+        device: "cpu", "cuda", "cuda:1", or "auto" (spread over the devices; needs accelerate).
+            None takes a GPU where there is one.
+        dtype: one of ``DTYPES``; "auto" and None keep the checkpoint's.
+        trust_remote_code: run Python code that comes with the checkpoint. Pickled weights are
+            never loaded.
+
+    Returns:
+        (model in eval mode, tokenizer, fingerprint or None); see ``fingerprint``.
+
+    Raises:
+        InvalidInput: whatever is wrong with the checkpoint, the device or the dtype, in one line.
+    """
+    device = check_device(device)
+    check_dtype(dtype)
+    where, options = _source(name_or_path)
+    options["trust_remote_code"] = trust_remote_code
+    with _quiet(), _one_line_errors(str(name_or_path)):
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForSeq2SeqLM,
+            AutoTokenizer,
+        )
+
+        config = AutoConfig.from_pretrained(where, **options)
+        encoder_decoder = getattr(config, "is_encoder_decoder", False)
+        loader = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        if "gguf_file" not in options:
+            options["use_safetensors"] = True
+        if device == "auto":
+            options["device_map"] = "auto"
+        model, info = loader.from_pretrained(
+            where, dtype=_dtype(dtype), output_loading_info=True, **options
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InvalidInput(
+            f"{name_or_path} lacks {len(missing)} weights of a {type(model).__name__}, "
+            f"{missing[0]} first: give the complete checkpoint of a language model"
+        )
+    if device != "auto":
+        model = model.to(device)
+    return model.eval(), tokenizer, _fingerprint_of(name_or_path)
+
+
+def check_device(device: str | None) -> str:
+    """Return the device to use, for None the GPU if there is one.
+
+    Raises:
+        InvalidInput: the device is unknown or not there.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        try:
+            import accelerate  # noqa: F401
+        except ImportError as error:
+            raise InvalidInput(
+                "device 'auto' needs the library accelerate: pip install accelerate, or name "
+                "one device"
+            ) from error
+        return device
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidInput(
+            f"unknown device {device!r}: expected cpu, cuda, cuda:N or auto"
+        ) from error
+    if parsed.type == "meta":
+        raise InvalidInput("device 'meta' holds no weights: expected cpu, cuda, cuda:N or auto")
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
+        raise InvalidInput(
+            f"device {device!r} is not there: PyTorch sees {torch.cuda.device_count()} GPUs; "
+            "use cpu, or see swkernels doctor"
+        )
+    return device
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raise InvalidInput unless ``dtype`` is None or one of ``DTYPES``."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InvalidInput(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+
+
+def _dtype(name: str | None):
+    return "auto" if name in (None, "auto") else getattr(torch, name)
+
+
+def fingerprint(path: str | Path) -> str:
+    """Return a sha256 that tells checkpoints apart without reading their weights.
+
+    It covers, of every .safetensors file in the directory, the name, the size in bytes and the
+    header (each tensor's name, dtype, shape and place); of a .gguf file the size and the first
+    MiB. It does not cover the weights' values, config.json or the tokenizer: two checkpoints of
+    one architecture, such as a model and its fine-tuned twin, may share it.
+
+    Raises:
+        InvalidInput: a file is unreadable or truncated, or there is none.
+    """
+    path = Path(path)
+    digest = hashlib.sha256()
+    if path.is_file():
+        digest.update(f"{path.stat().st_size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(_GGUF_HEAD))
+        return digest.hexdigest()
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InvalidInput(f"{path} holds no .safetensors file")
+    for file in files:
+        header = _header(file)
+        digest.update(f"{file.name}\n{file.stat().st_size}\n{len(header)}\n".encode())
+        digest.update(header)
+    return digest.hexdigest()
+
+
+def _fingerprint_of(name_or_path: str | Path) -> str | None:
+    """Return the fingerprint of what was loaded; None for a name whose files are not cached."""
+    if Path(name_or_path).exists():
+        return fingerprint(name_or_path)
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(str(name_or_path), "config.json")
+    return fingerprint(Path(cached).parent) if isinstance(cached, str) else None
+
+
+def _source(name_or_path: str | Path) -> tuple[str, dict]:
+    """Check what can be checked before anything is loaded; return where to load from, and how."""
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise InvalidInput(
+                f"{path} is a file: give the directory of a checkpoint or a .gguf file"
+            )
+        _check_gguf(path)
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        _check_directory(path)
+        return str(path), {}
+    name = str(name_or_path)
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
+        raise InvalidInput(f"there is no model at {name!r}: give the directory of a checkpoint")
+    return name, {}
+
+
+def _check_gguf(path: Path) -> None:
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise InvalidInput(f"{path} is not a GGUF file: its first bytes are not GGUF")
+    for library in ("gguf", "accelerate"):
+        try:
+            __import__(library)
+        except ImportError as error:
+            raise InvalidInput(
+                f"reading {path.name} needs the library {library}: pip install 'swkernels[gguf]'"
+            ) from error
+
+
+def _check_directory(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise InvalidInput(
+            f"{path} has no config.json: give the directory that save_pretrained wrote"
+        )
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+        if pickles:
+            raise InvalidInput(
+                f"{path} holds only pickled weights ({pickles[0]}), which can run code and are "
+                "never loaded: where you trust them, convert once with from_pretrained(...) and "
+                "save_pretrained(...), which writes safetensors"
+            )
+        raise InvalidInput(f"{path} holds no weights: expected .safetensors files")
+    for file in files:
+        _header(file)
+    if (path / _INDEX).is_file():
+        _check_index(path, {file.name for file in files})
+
+
+def _check_index(path: Path, present: set[str]) -> None:
+    try:
+        wanted = set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidInput(f"{path / _INDEX} is unreadable: download it again") from error
+    missing = sorted(wanted - present)
+    if missing:
+        raise InvalidInput(
+            f"{path / missing[0]} is missing, {len(missing)} of {len(wanted)} files of weights "
+            "are: download them again"
+        )
+
+
+def _header(file: Path) -> bytes:
+    """Return a safetensors header, checked against the size of the file.
+
+    The format: 8 bytes, little-endian, the header's length n; n bytes of JSON; the data, to which
+    the header's ``data_offsets`` refer (github.com/huggingface/safetensors, README).
+    """
+    size = file.stat().st_size
+    try:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+                raise ValueError("no header")
+            header = stream.read(length)
+        tensors = json.loads(header)
+        ends = [t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InvalidInput(
+            f"{file} is not a readable safetensors file ({size} bytes): download it again"
+        ) from error
+    if size != expected:
+        state = "truncated" if size < expected else "damaged"
+        raise InvalidInput(
+            f"{file} is {state}: expected {expected} bytes, got {size}; download it again"
+        )
+    return header
+
+
+@contextmanager
+def _one_line_errors(name: str) -> Iterator[None]:
+    """Turn what transformers raises for a bad checkpoint, in many kinds, into one line."""
+    try:
+        yield
+    except (InvalidInput, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it comes with Python code of its own; --trust-remote-code runs it"
+        elif "local_files_only" in str(error) or "offline" in str(error).lower():
+            reason = "no such directory, and the hub has no such name or cannot be reached"
+        raise InvalidInput(f"cannot load {name}: {reason[:_LONGEST_REASON]}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars, warnings and loading tables; then as it was."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,223 @@
+"""Loading: every kind of checkpoint that is taken, and every one that is refused in one line."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from swkernels.detect import loading
+from swkernels.errors import InvalidInput
+from tests.cli.checkpoints import make_model, make_tokenizer, save
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save(make_model(), tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def refused(*args, **kwargs) -> str:
+    with pytest.raises(InvalidInput) as caught:
+        loading.load_model(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_what_was_saved_is_loaded(checkpoint):
+    model, tokenizer, fingerprint = loading.load_model(checkpoint, device="cpu")
+    saved = make_model().state_dict()
+    loaded = model.state_dict()
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    assert not model.training
+    assert tokenizer("the")["input_ids"] == make_tokenizer()("the")["input_ids"]
+    assert fingerprint == loading.fingerprint(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtype(checkpoint, dtype):
+    model, _, _ = loading.load_model(checkpoint, device="cpu", dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_auto_keeps_the_dtype_of_the_checkpoint(tmp_path):
+    save(make_model().to(torch.bfloat16), tmp_path)
+    for dtype in (None, "auto"):
+        model, _, _ = loading.load_model(tmp_path, device="cpu", dtype=dtype)
+        assert next(model.parameters()).dtype == torch.bfloat16
+
+
+def test_sharded(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    make_tokenizer().save_pretrained(tmp_path)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    loaded, _, before = loading.load_model(tmp_path, device="cpu")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    shards[-1].unlink()
+    assert loading.fingerprint(tmp_path) != before
+    assert f"{shards[-1].name} is missing" in refused(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{")
+    assert "index.json is unreadable" in refused(tmp_path)
+
+
+def test_encoder_decoder(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=32, d_model=16, d_ff=24, d_kv=8, num_layers=1, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    save(T5ForConditionalGeneration(config), tmp_path)
+    model, _, _ = loading.load_model(tmp_path, device="cpu")
+    assert type(model) is T5ForConditionalGeneration
+
+
+def test_fingerprint_covers_headers_and_sizes_not_values(checkpoint, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    model.save_pretrained(tmp_path / "values")
+    assert loading.fingerprint(tmp_path / "values") == loading.fingerprint(checkpoint)
+    make_model(intermediate_size=40).save_pretrained(tmp_path / "shapes")
+    assert loading.fingerprint(tmp_path / "shapes") != loading.fingerprint(checkpoint)
+    with pytest.raises(InvalidInput, match="holds no"):
+        loading.fingerprint(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, 5000, -1])
+def test_truncated(copy, kept):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    message = refused(copy)
+    assert str(file) in message and "download it again" in message
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 8, (2).to_bytes(8, "little") + b"[]"])
+def test_damaged_header(copy, damage):
+    file = copy / "model.safetensors"
+    file.write_bytes(damage + file.read_bytes()[len(damage) :])
+    assert "not a readable safetensors file" in refused(copy)
+
+
+def test_too_long(copy):
+    with open(copy / "model.safetensors", "ab") as file:
+        file.write(b"more")
+    assert "is damaged: expected" in refused(copy)
+
+
+def test_pickles_are_never_loaded(copy):
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    message = refused(copy)
+    assert "pytorch_model.bin" in message and "save_pretrained" in message
+
+
+def test_missing_parts(copy, tmp_path):
+    (copy / "model.safetensors").unlink()
+    assert "holds no weights" in refused(copy)
+    (copy / "config.json").unlink()
+    assert "no config.json" in refused(copy)
+    assert "there is no model at" in refused(str(tmp_path / "gone"))
+    assert "there is no model at" in refused("")
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"x")
+    assert "is a file" in refused(file)
+
+
+def test_bad_config(copy):
+    (copy / "config.json").write_text("{ not json")
+    assert f"cannot load {copy}" in refused(copy)
+    (copy / "config.json").write_text('{"model_type": "no-such-type"}')
+    assert f"cannot load {copy}" in refused(copy)
+
+
+def test_a_name_that_is_not_there():
+    message = refused("swkernels-tests/no-such-model")
+    assert message.startswith("cannot load swkernels-tests/no-such-model: no such directory")
+
+
+def test_weights_that_are_not_there_are_not_made_up(copy):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    assert "lacks 1 weights of a LlamaForCausalLM, model.layers.1.mlp.down_proj" in refused(copy)
+
+
+def test_remote_code_does_not_run_unless_asked(copy, tmp_path):
+    mark = tmp_path / "ran"
+    (copy / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    (copy / "config.json").write_text(
+        '{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}'
+    )
+    assert "trust-remote-code" in refused(copy)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("device", ["gpu9", "cuda:99", "meta", ""])
+def test_bad_devices(checkpoint, device):
+    assert "device" in refused(checkpoint, device=device)
+
+
+def test_bad_dtype(checkpoint):
+    assert "unknown dtype 'int3': expected one of auto" in refused(checkpoint, dtype="int3")
+
+
+def test_auto_device_needs_accelerate(checkpoint, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert "pip install accelerate" in refused(checkpoint, device="auto")
+
+
+def test_quiet_and_as_it_was(checkpoint, capfd):
+    from transformers.utils import logging
+
+    logging.set_verbosity_info()
+    try:
+        loading.load_model(checkpoint, device="cpu")
+        assert logging.get_verbosity() == logging.INFO
+        assert logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity_warning()
+    assert capfd.readouterr().err == ""
+
+
+def test_gguf_is_checked_first(tmp_path, monkeypatch):
+    import sys
+
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"nothing")
+    assert "is not a GGUF file" in refused(file)
+    file.write_bytes(b"GGUF" + bytes(60))
+    assert f"cannot load {file}" in refused(file)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "swkernels[gguf]" in refused(file)
+
+
+def test_gguf(tmp_path):
+    import gguf
+
+    tensor = torch.arange(64 * 32, dtype=torch.float32).reshape(64, 32).numpy() / 2048
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("output.weight", tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    first = loading.fingerprint(tmp_path / "a.gguf")
+    shutil.copy(tmp_path / "a.gguf", tmp_path / "b.gguf")
+    assert loading.fingerprint(tmp_path / "b.gguf") == first
+    with open(tmp_path / "b.gguf", "ab") as file:
+        file.write(b"more")
+    assert loading.fingerprint(tmp_path / "b.gguf") != first
