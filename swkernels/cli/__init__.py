@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail("out of memory: lower --batch-size or --length, or use --dtype bfloat16")
     if code == INTERRUPTED:
-        print("swkernels: interrupted, nothing was written", file=sys.stderr)
+        print("swkernels: interrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 

@@ -119,9 +119,7 @@ def _operations(device: str) -> list[tuple[str, str, str]]:
         (
             row["op"],
             row["backend"],
-            "\n".join(
-                [row["reason"], *(f"{name}: {why}" for name, why in row["others"].items())]
-            ),
+            "\n".join([row["reason"], *(f"{name}: {why}" for name, why in row["others"].items())]),
         )
         for row in served
     ]

@@ -1,16 +1,15 @@
 """In how many samples each position spikes, and how the answer settles as samples are added.
 
 The consistency test of the training paper (arXiv 2607.08733, Table 1), on peaks: in one sample,
-position (j, m) of a layer spikes when output channel j stands out of its layer, input channel m
-has its own peak at the same token, and the product of the two is a good part of the output,
-``|x_m w_jm| >= share * |y_j|``. Memory is one counter a position that ever spiked.
+position (j, m) of a layer spikes when output channel j stands out of its layer and the largest
+product with input channel m, ``max_t |x_m| |w_jm|``, either is at the token of j's peak and a good
+part of it, ``>= share * |y_j|``, or would stand out by itself. Memory is one counter a position
+that ever spiked.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-
-import torch
 
 from swkernels import ops
 
@@ -49,18 +48,21 @@ class Consistency:
             self._settle()
 
     def _positions(self, state, inputs: ops.Peaks, outputs: ops.Peaks):
-        rows_wanted = min(self.config.top_rows, outputs.values.shape[1])
-        columns_wanted = min(self.config.top_columns, inputs.values.shape[1])
-        stand_out = prominence(outputs.values)  # [E, D]
-        top = stand_out.topk(rows_wanted, dim=1)
-        for e, r in (top.values >= self.config.prominence).nonzero().tolist():
+        config = self.config
+        rows_wanted = min(config.top_rows, outputs.values.shape[1])
+        columns_wanted = min(config.top_columns, inputs.values.shape[1])
+        top = prominence(outputs.values).topk(rows_wanted, dim=1)  # [E, rows_wanted]
+        medians = outputs.values.median(1).values
+        for e, r in (top.values >= config.prominence).nonzero().tolist():
             row = int(top.indices[e, r])
-            columns = inputs.values[e].topk(columns_wanted).indices
-            same = inputs.tokens[e, columns] == outputs.tokens[e, row]
             weights = state.projection.matrix(e if state.projection.experts else None)[row]
-            products = inputs.values[e, columns] * weights[columns].detach().abs().float()
-            strong = products >= self.config.share * outputs.values[e, row]
-            for column in columns[same & strong].tolist():
+            products, columns = (inputs.values[e] * weights.detach().abs().float()).topk(
+                columns_wanted
+            )
+            together = inputs.tokens[e, columns] == outputs.tokens[e, row]
+            makes_it = together & (products >= config.share * outputs.values[e, row])
+            by_itself = products >= config.prominence * medians[e]
+            for column in columns[makes_it | by_itself].tolist():
                 yield e, row, column
 
     def _settle(self) -> None:

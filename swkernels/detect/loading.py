@@ -153,8 +153,9 @@ def fingerprint(path: str | Path) -> str:
 
 def _fingerprint_of(name_or_path: str | Path) -> str | None:
     """Return the fingerprint of what was loaded; None for a name whose files are not cached."""
-    if Path(name_or_path).exists():
-        return fingerprint(name_or_path)
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return fingerprint(path)
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(str(name_or_path), "config.json")
@@ -163,6 +164,9 @@ def _fingerprint_of(name_or_path: str | Path) -> str | None:
 
 def _source(name_or_path: str | Path) -> tuple[str, dict]:
     """Check what can be checked before anything is loaded; return where to load from, and how."""
+    name = str(name_or_path)
+    if not name:
+        raise InvalidInput("the model's name is empty: give the directory of a checkpoint")
     path = Path(name_or_path).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -174,8 +178,7 @@ def _source(name_or_path: str | Path) -> tuple[str, dict]:
     if path.is_dir():
         _check_directory(path)
         return str(path), {}
-    name = str(name_or_path)
-    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
         raise InvalidInput(f"there is no model at {name!r}: give the directory of a checkpoint")
     return name, {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -56,8 +57,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        num=_data,
-        pct=lambda value: _data(value, percent),
+        num=lambda value, digits=4: _data(value, number(value, digits)),
+        written=_data,
+        pct=lambda value: _data(value, percent(value)),
         interval=interval,
         position=position,
         role=lambda verdict: _ROLES.get(verdict, "candidate"),
@@ -71,10 +73,10 @@ def _printable(value):
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _data(value: float | int | None, write=number) -> Markup:
+def _data(value: float | int | None, written: str) -> Markup:
     if value is None:
         return Markup('<span class="none">–</span>')
-    return Markup('<data value="{}">{}</data>').format(repr(value), write(value))
+    return Markup('<data value="{}">{}</data>').format(repr(value), written)
 
 
 def _inline(name: str, svg: str) -> Markup:
@@ -114,36 +116,39 @@ def _headline(report: dict) -> dict:
 
 
 def _tiles(report: dict) -> list[dict]:
-    """The key numbers: each a label, a value and a note."""
-    candidates, baseline, null = (
-        report["candidates"],
-        report["baseline"],
-        report["null_distribution"],
-    )
-    measured = [e for e in candidates + report["sets"] if e["ratio"] is not None]
-    worst = max(
-        measured, key=lambda entry: (entry["ratio"] != entry["ratio"], entry["ratio"]), default=None
-    )
+    """The key numbers: each a label, a value, how it is written, and a note."""
     inputs, model = report["inputs"], report["model"]
-    where = ""
-    if worst is not None:
-        where = position(worst) if "row" in worst else f"set {worst['id']}, jointly"
-    return [
-        {"label": "candidates", "value": len(candidates), "note": f"in {model['layers']} layers"},
-        {"label": "largest ratio", "value": worst and worst["ratio"], "note": where},
-        {
-            "label": "largest null ratio",
-            "value": null and null["ratio_max"],
-            "note": f"{null['draws']} random weights" if null else "",
-        },
-        {
-            "label": "baseline perplexity",
-            "value": baseline and baseline["perplexity"],
-            "note": f"{baseline['tokens']} tokens" if baseline else "",
-        },
-        {"label": "tokens read", "value": inputs["tokens"], "note": f"{inputs['samples']} samples"},
-        {"label": "parameters", "value": model["parameters"], "note": model["dtype"]},
+    baseline, null = report["baseline"] or {}, report["null_distribution"] or {}
+    worst, where = _worst(report)
+    perplexity, null_ratio = baseline.get("perplexity"), null.get("ratio_max")
+    size = model["parameters"]
+    rows = [
+        ("candidates", len(report["candidates"]), None, f"in {_plural(model['layers'], 'layer')}"),
+        ("largest ratio", worst, None, where),
+        ("largest null ratio", null_ratio, number(null_ratio, 6), "of random weights"),
+        ("baseline perplexity", perplexity, None, "of the intact model"),
+        ("tokens read", inputs["tokens"], None, f"in {_plural(inputs['samples'], 'sample')}"),
+        ("parameters", size, _size(size), model["dtype"]),
     ]
+    names = ("label", "value", "written", "note")
+    return [dict(zip(names, (label, v, w or number(v), note))) for label, v, w, note in rows]
+
+
+def _worst(report: dict) -> tuple[float | None, str]:
+    """The largest ratio of a candidate or set, NaN before everything, and whose it is."""
+    measured = [e for e in report["candidates"] + report["sets"] if e["ratio"] is not None]
+    if not measured:
+        return None, "not measured"
+    worst = max(measured, key=lambda e: (math.isnan(e["ratio"]), e["ratio"]))
+    where = position(worst) if "row" in worst else f"set {worst['id']}, jointly"
+    return worst["ratio"], where
+
+
+def _size(parameters: int) -> str:
+    for unit, scale in (("B", 1e9), ("M", 1e6)):
+        if parameters >= scale:
+            return f"{parameters / scale:.4g} {unit}"
+    return str(parameters)
 
 
 def _methods(report: dict) -> list[dict]:

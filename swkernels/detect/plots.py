@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .table import number, position
 
@@ -23,7 +23,7 @@ COLORS = {  # every colour of a figure by its role, so that a page can put its o
     "super-weight": "#c3312f",
     "part-of-set": "#d9822b",
     "mild": "#8059a8",
-    "inert": "#909ba6",
+    "inert": "#737f8b",
     "candidate": "#2f74d0",
 }
 VERDICTS = {  # role of the colour and marker, least severe first
@@ -40,6 +40,9 @@ _STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "swkernels",  # the same report gives the same bytes
     "text.parse_math": False,
+    "figure.facecolor": "none",  # the page's own ground shows through
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
     "text.color": COLORS["ink"],
     "axes.edgecolor": COLORS["muted"],
     "axes.labelcolor": COLORS["ink"],
@@ -58,6 +61,7 @@ _STYLE = {
     "legend.fontsize": 9,
 }
 _WIDTH = 9.2  # inches
+_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # an SVG's text would show markup raw
 _ANNOTATIONS = 6  # per panel: more would cover each other
 
 
@@ -121,14 +125,19 @@ def _spikes(report: dict) -> Figure:
     inputs.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16, min_n_ticks=1))
     if layers:
         inputs.set_xlim(layers[0] - 0.6, layers[-1] + 0.6)
-    handles = {}
-    for axes in (outputs, inputs):
-        handles.update(zip(*reversed(axes.get_legend_handles_labels())))
-    if handles:
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles)
-        )
+    _legend(figure, [outputs, inputs])
     return figure
+
+
+def _legend(figure: Figure, panels: list[Axes]) -> None:
+    """One legend below the panels: each label once, verdicts last and least severe first."""
+    handles = {}
+    for axes in panels:
+        handles.update(zip(*reversed(axes.get_legend_handles_labels())))
+    order = [label for label in handles if label not in VERDICTS]
+    order += [label for label in VERDICTS if label in handles]
+    entries = [handles[label] for label in order]
+    figure.legend(entries, order, loc="outside lower center", ncols=len(order), columnspacing=1.4)
 
 
 def _peaks_panel(axes: Axes, report: dict, layers: list[int], side: str) -> None:
@@ -141,6 +150,7 @@ def _peaks_panel(axes: Axes, report: dict, layers: list[int], side: str) -> None
     peaks = [_positive(strongest[layer][f"{side}_peak"]["value"]) for layer in layers]
     medians = [_positive(strongest[layer][f"{side}_median"]) for layer in layers]
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(_PLAIN)
     axes.grid(axis="y")
     size = 4 if len(layers) <= 40 else 2.5
     side_name = "output" if side == "out" else "input"
@@ -211,15 +221,16 @@ def _consistency(report: dict) -> Figure:
     edges = [100 * (i + 1) / bins for i in range(bins)]
     shares.bar(edges, heights, width=-90 / bins, align="edge", color=COLORS["output"])
     shares.set_title("Positions by share of samples")
-    shares.set_xlabel("spikes in at most this share of the samples (%)")
+    shares.set_xlabel("share of the samples in which a position spikes (%)")
     shares.set_ylabel("positions")
     shares.set_xlim(-2, 102)
     curve = consistency["settling"]
-    names = zip(("all", "half", "fifth", "any"), consistency["tiers"])
-    roles = ("super-weight", "part-of-set", "mild", "output")
-    for (key, label), role in zip(names, roles):
+    tiers = list(zip(("all", "half", "fifth", "any"), consistency["tiers"], (1.2, 2.4, 3.8, 5.4)))
+    roles = ("super-weight", "part-of-set", "mild", "inert")
+    for (key, label, width), role in reversed(list(zip(tiers, roles))):  # equal tiers all show
         xs, ys = [point["samples"] for point in curve], [point[key] for point in curve]
-        settling.plot(xs, ys, "o-", ms=4, lw=1.3, color=COLORS[role], label=label)
+        style = {"ms": width + 3, "lw": width, "color": COLORS[role]}
+        settling.plot(xs, ys, "o-", label=label, **style)
     settling.set_title("How the tiers settle")
     settling.set_xlabel("samples read")
     settling.set_ylabel("positions")
@@ -227,9 +238,10 @@ def _consistency(report: dict) -> Figure:
     ticks = [point["samples"] for point in curve]
     settling.set_xticks(ticks, [str(tick) for tick in ticks])
     settling.minorticks_off()
-    settling.legend(title="spikes in", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    settling.legend(title="spikes in", reverse=True, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axes in (shares, settling):
         axes.grid(axis="y")
+        axes.margins(y=0.08)
         axes.set_ylim(bottom=0, top=None if consistency["positions"] else 1)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     return figure
@@ -237,7 +249,7 @@ def _consistency(report: dict) -> Figure:
 
 def _ratios(report: dict) -> Figure:
     rows = _ratio_rows(report)
-    figure = Figure(figsize=(_WIDTH, 1.3 + 0.27 * max(len(rows), 1)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1.5 + 0.27 * max(len(rows), 1)), layout="constrained")
     axes = figure.subplots()
     if not rows:
         axes.set_axis_off()
@@ -251,34 +263,28 @@ def _ratios(report: dict) -> Figure:
     if draws:
         label = f"null: {null['draws']} random weights"
         axes.axvspan(min(draws), max(draws), color=COLORS["inert"], alpha=0.35, label=label)
-    for name in ("mild_ratio", "critical_ratio"):
+    for name, height in (("mild_ratio", -1.4), ("critical_ratio", -0.8)):
         value = report["settings"][name]
-        axes.axvline(value, color=COLORS["muted"], ls="--", lw=1)
+        axes.plot([value] * 2, [len(rows), height], "--", color=COLORS["muted"], lw=1)
         text = f" {name.removesuffix('_ratio')} x{value:g}"
-        axes.text(value, -0.75, text, color=COLORS["muted"], fontsize=8.5, va="center")
+        axes.text(value, height, text, color=COLORS["muted"], fontsize=8.5, va="center")
     low, high = _limits(rows, report["settings"])
     axes.set_xlim(low, high)
     for y, (_, entry) in enumerate(rows):
         _ratio_row(axes, y, entry, high)
+    sets = sum("members" in entry for _, entry in rows)
+    if sets:
+        axes.axhline(len(rows) - sets - 0.5, color=COLORS["muted"], lw=0.8)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-    axes.set_ylim(len(rows) - 0.4, -1.2)
+    axes.set_ylim(len(rows) - 0.4, -1.8)
     axes.set_xlabel("perplexity with the weight(s) zeroed / perplexity of the intact model")
     if high / low < 100:
-        axes.xaxis.set_major_formatter(lambda value, _: number(value))
-        axes.xaxis.set_minor_formatter(lambda value, _: "")
-    else:
-        axes.xaxis.set_major_formatter(_Plain())
-    handles, labels = axes.get_legend_handles_labels()
-    order = dict(zip(labels, handles))
-    figure.legend(order.values(), order.keys(), loc="outside lower center", ncols=len(order))
+        marks = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50)
+        axes.set_xticks([mark for mark in marks if low <= mark <= high])
+        axes.minorticks_off()
+    axes.xaxis.set_major_formatter(_PLAIN)
+    _legend(figure, [axes])
     return figure
-
-
-class _Plain(LogFormatterSciNotation):
-    """Powers of ten without mathematical markup, which an SVG's text would show raw."""
-
-    def __call__(self, value, _=None):
-        return f"{value:g}"
 
 
 def _ratio_rows(report: dict) -> list[tuple[str, dict]]:
@@ -315,7 +321,15 @@ def _ratio_row(axes: Axes, y: int, entry: dict, edge: float) -> None:
     style = {"color": color, "ms": 10 if marker == "*" else 6, "ls": "none"}
     if not _drawable(value):
         axes.plot([edge], [y], ">", color=color, ms=7, clip_on=False)
-        axes.text(edge, y, f"{number(value)}  ", ha="right", va="center", color=color)
+        axes.annotate(
+            number(value),
+            (edge, y),
+            xytext=(-9, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            color=color,
+        )
         axes.plot([], [], marker, label=entry["verdict"], **style)
         return
     axes.plot([value], [y], marker, label=entry["verdict"], **style)

@@ -321,9 +321,8 @@ def _versions() -> dict:
 
 def _layer_entries(handle: TrackHandle, config: ScanConfig, locate, text) -> list[dict]:
     entries = []
-    for state, site in zip(
-        [state for state in handle.states for _ in range(state.experts)], handle.peaks()
-    ):
+    per_site = [state for state in handle.states for _ in range(state.experts)]
+    for state, site in zip(per_site, handle.peaks()):
         if int(site.outputs.tokens.max()) < 0:
             continue
         mean = std = None

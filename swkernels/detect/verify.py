@@ -196,8 +196,9 @@ def _reduce(sets: list[WeightSet], judge: Judge, measure) -> list[WeightSet]:
     """Leave out, one at a time, the members that a harmful set does not need.
 
     A member is not needed when its loss takes less than ``spare_share`` of an equal share of the
-    severity: the others alone keep 1 - spare_share / n of it. The least needed goes first. A set that comes down to one weight is that weight's own story and is
-    not reported as a set; an inert set is reported as it is.
+    severity: the others alone keep 1 - spare_share / n of it. The least needed goes first. A set
+    that comes down to one weight is that weight's own story and is not reported as a set; an
+    inert set is reported as it is.
     """
     kept = []
     for weight_set in sets:

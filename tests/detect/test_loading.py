@@ -41,6 +41,12 @@ def test_what_was_saved_is_loaded(checkpoint):
     assert fingerprint == loading.fingerprint(checkpoint)
 
 
+def test_a_path_below_home(checkpoint, monkeypatch):
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    _, _, fingerprint = loading.load_model(f"~/{checkpoint.name}", device="cpu")
+    assert fingerprint == loading.fingerprint(checkpoint)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_dtype(checkpoint, dtype):
     model, _, _ = loading.load_model(checkpoint, device="cpu", dtype=dtype)
@@ -127,7 +133,7 @@ def test_missing_parts(copy, tmp_path):
     (copy / "config.json").unlink()
     assert "no config.json" in refused(copy)
     assert "there is no model at" in refused(str(tmp_path / "gone"))
-    assert "there is no model at" in refused("")
+    assert "name is empty" in refused("")
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"x")
     assert "is a file" in refused(file)
@@ -205,19 +211,56 @@ def test_gguf_is_checked_first(tmp_path, monkeypatch):
     assert "swkernels[gguf]" in refused(file)
 
 
-def test_gguf(tmp_path):
+def write_gguf(path, model):
+    """Write a tiny Llama as llama.cpp names it, float32, with a byte-pair tokenizer of letters."""
     import gguf
 
-    tensor = torch.arange(64 * 32, dtype=torch.float32).reshape(64, 32).numpy() / 2048
-    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
-    writer.add_tensor("output.weight", tensor)
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz"][: config.vocab_size - 1] + ["ab"]
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, *[1] * (len(tokens) - 2)])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # rotary pairs lie side by side
+            weight = weight.view(config.num_attention_heads, 2, -1, weight.shape[1])
+            weight = weight.transpose(1, 2).reshape(-1, weight.shape[-1])
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy().copy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    first = loading.fingerprint(tmp_path / "a.gguf")
+
+
+def test_gguf(tmp_path):
+    saved = make_model()
+    write_gguf(tmp_path / "a.gguf", saved)
+    model, tokenizer, first = loading.load_model(tmp_path / "a.gguf", device="cpu", dtype="float32")
+    weights = saved.state_dict()
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert tokenizer("abc", add_special_tokens=False)["input_ids"] == [
+        saved.config.vocab_size - 1,
+        4,
+    ]
     shutil.copy(tmp_path / "a.gguf", tmp_path / "b.gguf")
     assert loading.fingerprint(tmp_path / "b.gguf") == first
     with open(tmp_path / "b.gguf", "ab") as file:
         file.write(b"more")
     assert loading.fingerprint(tmp_path / "b.gguf") != first
+    half = tmp_path / "half.gguf"
+    half.write_bytes((tmp_path / "a.gguf").read_bytes()[:-20000])
+    assert f"cannot load {half}" in refused(half)
