@@ -20,6 +20,8 @@ from swkernels.models import DownProjection
 
 from .replay import Replay
 
+BLOCK = 64  # tokens that the bootstrap resamples together: neighbours' losses go together
+
 Coordinate = tuple[DownProjection, "int | None", int, int]  # projection, expert, row, column
 
 
@@ -45,8 +47,9 @@ class Baseline:
     """The intact model on the evaluation text.
 
     Attributes:
-        losses: mean next-token loss of each window, in nats.
-        tokens: number of predicted tokens in each window.
+        losses: mean next-token loss of each block of ``BLOCK`` tokens, in nats.
+        tokens: number of predicted tokens in each block.
+        windows: number of windows.
         information: mean KL divergence of the model's predictions from their own average over
             a window, in nats: what its predictions tell about the token at hand. Damage in KL is
             measured against it.
@@ -54,6 +57,7 @@ class Baseline:
 
     losses: list[float]
     tokens: list[int]
+    windows: int
     information: float
 
     @property
@@ -67,7 +71,7 @@ class Measurement:
 
     Attributes:
         ratio: perplexity over the intact model's; ratio_low, ratio_high: its 95 % bootstrap
-            interval over windows.
+            interval over blocks of the text.
         kl: mean KL(intact || zeroed) of the next-token distribution, in nats.
         damage: kl / ``Baseline.information``.
     """
@@ -132,19 +136,21 @@ class Evaluator:
             if not self._may_replay(replay, window, intact):
                 depths = [0] * len(sets)
             targets = window[0, 1:].to(intact.device)
-            losses.append(float(F.nll_loss(intact, targets)))
-            tokens.append(len(targets))
+            window_losses, window_tokens = _block_losses(intact, targets)
+            losses += window_losses
+            tokens += window_tokens
             information.append(_information(intact))
             done += 1
             for result, coordinates, depth in zip(results, sets, depths):
                 with zeroed(coordinates), replay.starting_at(depth):
                     changed = self._log_probabilities(window)
-                result.losses.append(float(F.nll_loss(changed, targets)))
+                result.losses += _block_losses(changed, targets)[0]
                 result.kls.append(_kl(intact, changed))
                 done += 1
                 if progress:
                     progress(done, total)
-        self.baseline = Baseline(losses, tokens, _mean(information, tokens))
+        sizes = [window.numel() - 1 for window in self.windows]
+        self.baseline = Baseline(losses, tokens, len(sizes), _mean(information, sizes))
         for result in results:
             self._summarize(result)
         return results
@@ -170,12 +176,20 @@ class Evaluator:
         differences = [a - b for a, b in zip(result.losses, base)]
         result.ratio = _exp(_mean(differences, tokens))
         result.ratio_low, result.ratio_high = _bootstrap(differences, tokens, self.seed)
-        result.kl = _mean(result.kls, tokens)
+        result.kl = _mean(result.kls, [window.numel() - 1 for window in self.windows])
         result.damage = result.kl / self.baseline.information if result.kl else 0.0
 
 
 def _mean(values: list[float], weights: list[int]) -> float:
     return sum(v * w for v, w in zip(values, weights)) / sum(weights)
+
+
+def _block_losses(
+    log_probabilities: torch.Tensor, targets: torch.Tensor
+) -> tuple[list[float], list[int]]:
+    """Mean loss and number of tokens of each block of a window."""
+    losses = F.nll_loss(log_probabilities, targets, reduction="none").split(BLOCK)
+    return [float(block.mean()) for block in losses], [len(block) for block in losses]
 
 
 def _exp(value: float) -> float:
@@ -194,7 +208,7 @@ def _information(log_probabilities: torch.Tensor) -> float:
 def _bootstrap(
     differences: list[float], tokens: list[int], seed: int, draws: int = 2000
 ) -> tuple[float, float]:
-    """95 % percentile interval of the ratio, resampling windows."""
+    """95 % percentile interval of the ratio, resampling blocks."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.tensor(differences, dtype=torch.float64)
     weights = torch.tensor(tokens, dtype=torch.float64)

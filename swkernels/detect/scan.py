@@ -59,8 +59,9 @@ class ScanConfig:
         outlier_gamma, threshold: of the two other methods.
         verify: measure; without it every candidate's verdict is "candidate".
         eval_tokens, eval_length: size of the evaluation text and of its windows.
-        critical_ratio, critical_damage: a loss that ruins the model: perplexity times 4, or
-            two fifths of the information in its predictions.
+        critical_ratio: a loss that ruins the model: perplexity times this.
+        critical_damage, min_information: where the intact model's predictions carry less than
+            ``min_information`` nats, a loss of this part of it is critical too.
         mild_ratio, mild_damage: a loss that is there at all (and above every null draw).
         spare_share: a set's member is dropped when it accounts for less than this part of an
             equal share of the set's severity.
@@ -78,14 +79,15 @@ class ScanConfig:
     share: float = 0.1
     top_rows: int = 8
     top_columns: int = 4
-    max_candidates: int = 24
+    max_candidates: int = 16
     outlier_gamma: float = 20.0
     threshold: float = 50.0
     verify: bool = True
     eval_tokens: int = 2048
-    eval_length: int = 256
+    eval_length: int = 512
     critical_ratio: float = 4.0
-    critical_damage: float = 0.4
+    critical_damage: float = 0.25
+    min_information: float = 0.5
     mild_ratio: float = 1.05
     mild_damage: float = 0.02
     spare_share: float = 0.5
@@ -289,7 +291,7 @@ def _document(
         else {
             "perplexity": verification.baseline.perplexity,
             "tokens": sum(verification.baseline.tokens),
-            "windows": len(verification.baseline.tokens),
+            "windows": verification.baseline.windows,
             "information": verification.baseline.information,
         },
         "null_distribution": None
@@ -303,7 +305,7 @@ def _document(
             "matched": verification.null.matched,
         },
         "consistency": consistency.to_dict(),
-        "summary": summarize(listed, sets),
+        "summary": summarize(listed, sets) + _caveat(verification, config),
     }
 
 
@@ -463,6 +465,15 @@ def summarize(candidates: list[dict], sets: list[dict]) -> str:
         found.append(f"critical set {{{members}}}, jointly x{s['ratio']:.4g}")
     part = count(PART_OF_SET)
     return f"{'; '.join(found)}; {part} more part of a critical set, {rest}"
+
+
+def _caveat(verification: Verification | None, config: ScanConfig) -> str:
+    if verification is None or verification.baseline.information >= config.min_information:
+        return ""
+    return (
+        f" The intact model's predictions carry only {verification.baseline.information:.2g} "
+        "nats about this text, so verdicts rest on how much they change, not on perplexity."
+    )
 
 
 def _name(c: dict) -> str:

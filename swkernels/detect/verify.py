@@ -75,18 +75,20 @@ class Verification:
 class Judge:
     """Turns measurements into verdicts; holds the thresholds.
 
-    ``severity`` is the larger of log(ratio) / log(critical_ratio) and damage / critical_damage:
-    1 and more is critical. The perplexity ratio is the published measure; the damage (KL over the
-    information in the intact model's predictions) says the same where the text does not suit the
-    model, so that its perplexity means little.
+    ``severity`` is log(ratio) / log(critical_ratio): 1 and more is critical. In a model whose
+    predictions carry next to no information about the text (an untrained one, a wrong text) the
+    perplexity can hardly get worse, so there the damage counts too: damage / critical_damage.
     """
 
-    def __init__(self, config, null: Null):
+    def __init__(self, config, null: Null, baseline: Baseline):
         self.config = config
         self.null = null
+        self.informed = baseline.information >= config.min_information
 
     def severity(self, m: Measurement) -> float:
         by_ratio = m.log_ratio / math.log(self.config.critical_ratio)
+        if self.informed:
+            return by_ratio
         return max(by_ratio, m.damage / self.config.critical_damage)
 
     def level(self, m: Measurement) -> str:
@@ -108,7 +110,8 @@ def verify(
     """Measure every candidate alone, the groups jointly and but one, and judge them all."""
     coordinates = [_coordinate(c) for c in candidates]
     null_coordinates, matched = draw_null(candidates, config.null_draws, config.seed)
-    groups = same_matrix_groups(candidates)
+    components = same_matrix_groups(candidates)
+    groups = [group for component in components for group in _subgroups(candidates, component)]
 
     def measure(sets: list[list[int]], extra: list[Coordinate], stage: str):
         wanted = [[coordinates[i] for i in members] for members in sets]
@@ -116,20 +119,22 @@ def verify(
         return evaluator.measure(wanted, lambda done, total: progress(stage, done, total))
 
     alone = [[i] for i in range(len(candidates))]
-    results = measure(alone + groups, null_coordinates, "zeroing one by one")
+    results = measure(alone + groups, null_coordinates, "zeroing")
     singles = results[: len(alone)]
     joints = results[len(alone) : len(alone) + len(groups)]
-    null = Null(results[len(alone) + len(groups) :], matched)
-    judge = Judge(config, null)
+    judge = Judge(config, Null(results[len(alone) + len(groups) :], matched), evaluator.baseline)
 
-    sets = [WeightSet(members, joint) for members, joint in zip(groups, joints)]
-    sets = _reduce(sets, judge, measure)
+    measured = [WeightSet(members, joint) for members, joint in zip(groups, joints)]
+    sets: list[WeightSet] = []
+    for component in components:
+        inside = [s for s in measured if set(s.members) <= set(component)]
+        sets += _reduce(_telling(component, inside, singles, judge), judge, measure)
     sets += _across_layers(candidates, singles, sets, judge, measure)
     for weight_set in sets:
         level = judge.level(weight_set.measurement)
         weight_set.verdict = CRITICAL_SET if level == "critical" else level
     verdicts, set_of = _verdicts(singles, sets, judge)
-    return Verification(singles, verdicts, set_of, sets, null, evaluator.baseline)
+    return Verification(singles, verdicts, set_of, sets, judge.null, evaluator.baseline)
 
 
 def draw_null(candidates: list[Candidate], draws: int, seed: int) -> tuple[list[Coordinate], float]:
@@ -190,6 +195,40 @@ def _components(candidates: list[Candidate], linked) -> list[list[int]]:
     for i in range(len(candidates)):
         groups.setdefault(root(i), []).append(i)
     return [members for members in groups.values() if len(members) > 1]
+
+
+def _subgroups(candidates: list[Candidate], component: list[int]) -> list[list[int]]:
+    """A component's rows fed by several columns, its columns that feed several rows, and itself."""
+    groups: dict[tuple, list[int]] = {}
+    for i in component:
+        groups.setdefault(("row", candidates[i].row), []).append(i)
+        groups.setdefault(("column", candidates[i].column), []).append(i)
+    several = [members for members in groups.values() if len(members) > 1]
+    return several if component in several else [*several, component]
+
+
+def _telling(
+    component: list[int], measured: list[WeightSet], singles: list[Measurement], judge: Judge
+) -> list[WeightSet]:
+    """Choose the sets that tell what a component's weights do together.
+
+    A row or a column counts when it is clearly worse than its worst weight; the whole component
+    when it is clearly worse than those; if all is harmless, the component stands for it.
+    """
+    whole = next(s for s in measured if len(s.members) == len(component))
+    worst = max(judge.severity(singles[i]) for i in component)
+    told = []
+    for s in measured:
+        alone = max(judge.severity(singles[i]) for i in s.members)
+        harmful = judge.level(s.measurement) != INERT
+        if s is not whole and harmful and judge.severity(s.measurement) > 1.2 * alone:
+            told.append(s)
+            worst = max(worst, judge.severity(s.measurement))
+    if judge.level(whole.measurement) != INERT and judge.severity(whole.measurement) > 1.5 * worst:
+        return [whole]
+    if not told and judge.level(whole.measurement) == INERT:
+        return [whole]
+    return told
 
 
 def _reduce(sets: list[WeightSet], judge: Judge, measure) -> list[WeightSet]:

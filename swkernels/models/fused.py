@@ -1,0 +1,89 @@
+"""Recognise the weights of fused experts: one parameter that holds a matrix per expert."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+_DOWN = re.compile(r"(^|_)(down|w2|fc2|wo|output|out|contract)(_|$)")
+
+
+@dataclass(frozen=True)
+class FusedWeight:
+    """Where the down weights of fused experts are: see ``DownProjection`` for the fields."""
+
+    parameter: str
+    layout: str
+    experts: int
+    columns: int
+
+
+def fused_weight(parent: nn.Module, name: str, module: nn.Module, width: int) -> FusedWeight | None:
+    """Return the down weight of ``module`` if it is a fused experts module, else None.
+
+    Args:
+        parent, name: the module that holds ``module``, and under which name.
+        width: the width of the residual stream.
+    """
+    stacks = {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 3}
+    if list(stacks) == ["weight"]:
+        return _of_siblings(parent, name, stacks["weight"], width)
+    return _of_parameters(module, stacks, width) or _of_rows(module, width)
+
+
+def _of_parameters(module: nn.Module, stacks: dict, width: int) -> FusedWeight | None:
+    """Parameters [E, ., .] side by side: a pair of a down and an expanding weight.
+
+    Where shapes allow two readings (an up projection is a transposed down projection) the name
+    decides, then the class (``is_transposed``, which transformers' fused experts declare), then
+    the convention of nn.Linear.
+    """
+    expected = "eio" if getattr(module, "is_transposed", False) else "eoi"
+    readings = []
+    for parameter, weight in stacks.items():
+        experts, *shape = weight.shape
+        for layout, (rows, columns) in (("eoi", shape), ("eio", shape[::-1])):
+            if rows == width and any(
+                _expands(other, layout, columns, width)
+                for sibling, other in stacks.items()
+                if sibling != parameter and other.shape[0] >= experts
+            ):
+                named = bool(_DOWN.search(parameter))
+                found = FusedWeight(parameter, layout, experts, columns)
+                readings.append((named, layout == expected, found))
+    return max(readings, key=lambda reading: reading[:2])[2] if readings else None
+
+
+def _expands(weight, layout: str, columns: int, width: int) -> bool:
+    """Whether a weight [E, ., .] of this layout maps ``width`` to ``columns``, or twice as many."""
+    out, into = weight.shape[1:] if layout == "eoi" else weight.shape[:0:-1]
+    return into == width and out in (columns, 2 * columns)
+
+
+def _of_siblings(parent: nn.Module, name: str, weight, width: int) -> FusedWeight | None:
+    """One module per projection, each with a weight [E, out, in] (JetMoE)."""
+    experts, rows, columns = weight.shape
+    for sibling, module in parent.named_children():
+        other = module._parameters.get("weight")
+        if sibling == name or other is None or other.dim() != 3 or other.shape[0] != experts:
+            continue
+        square = other.shape == weight.shape
+        if rows == width and _expands(other, "eoi", columns, width):
+            if not square or _DOWN.search(name):
+                return FusedWeight("weight", "eoi", experts, columns)
+    return None
+
+
+def _of_rows(module: nn.Module, width: int) -> FusedWeight | None:
+    """Weights [E * columns, rows] of one shape, experts stacked along the rows (DBRX)."""
+    experts = getattr(module, "moe_num_experts", None) or getattr(module, "num_experts", None)
+    flat = {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 2}
+    down = [name for name in flat if _DOWN.search(name)]
+    if not isinstance(experts, int) or len(flat) < 2 or len(down) != 1:
+        return None
+    rows, columns = flat[down[0]].shape
+    if columns != width or rows % experts or {p.shape for p in flat.values()} != {(rows, columns)}:
+        return None
+    return FusedWeight(down[0], "ei_o", experts, rows // experts)
