@@ -1,4 +1,4 @@
-"""Kernels for super weights: find them, train around them, quantize without losing them.
+"""Kernels for super weights: find the few scalars of a language model whose loss ruins it.
 
 ``import swkernels`` is light: it needs PyTorch and nothing else, no GPU, compiler or Triton, and
 what it exports is loaded at first use.

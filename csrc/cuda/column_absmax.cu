@@ -2,7 +2,7 @@
 //
 // A block of 32 x 8 threads looks at a tile of columns: each thread reads 16 bytes of a row (4 or 8
 // channels) at a time, four rows in flight, and walks down the matrix in steps of all the blocks
-// that share its columns. It keeps the magnitude and the row of each of its channels' peaks in
+// that share its columns. It keeps the key of each of its channels' peaks in
 // registers. The eight threads of a channel meet in shared memory, and the block merges one key
 // per channel into the result with a 64-bit atomicMax: exact and independent of order.
 

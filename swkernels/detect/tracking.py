@@ -16,7 +16,12 @@ from torch import nn
 
 from swkernels import ops
 from swkernels.errors import InvalidInput, NonFiniteActivation
-from swkernels.models import DownProjection, ProjectionNotFound, find_down_projections
+from swkernels.models import (
+    DownProjection,
+    ProjectionNotFound,
+    find_down_projections,
+    skipped_towers,
+)
 from swkernels.models.experts import ExpertObserver
 
 from .patching import Patches
@@ -54,8 +59,8 @@ class ProjectionState:
         inputs: int64 [E, H], outputs: int64 [E, D]; E = 1 where there are no fused experts.
         sample_inputs: int64 [B, E, H], sample_outputs [B, E, D] of the last forward, with token
             positions inside each sample; None unless ``per_sample``.
-        moments: float64 [E, 3], the count, sum and sum of squares of |Y|'s signed elements; None
-            unless asked for.
+        moments: float64 [E, 3], the count, sum and sum of squares of Y's elements; None unless
+            asked for.
     """
 
     def __init__(self, projection: DownProjection, device: torch.device, moments: bool):
@@ -253,7 +258,8 @@ def track(
     for stack in stacks.values():
         patches.forward(stack.module, functools.partial(_wrap_stack, stack, per_sample))
     replaced = tuple(projection.name for projection in projections)
-    return TrackHandle(TrackReport(replaced, ()), patches, list(stacks.values()))
+    skipped = tuple(skipped_towers(model))
+    return TrackHandle(TrackReport(replaced, skipped), patches, list(stacks.values()))
 
 
 def _expert(state: ProjectionState, e: int) -> int | None:
@@ -365,12 +371,15 @@ class _Observer:
 def _pick(numbers: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """The entry of ``numbers`` [tokens] for each row of x; -1 for a row that is no token's.
 
-    Where the tokens of routed rows cannot be known they are numbered in the order of the rows.
+    Where the tokens of routed rows cannot be known, all rows go under the first token that counts.
     """
     if rows is not None:
         return torch.where(rows < 0, -1, numbers[rows.clamp_min(0)])
     count = x.numel() // max(1, x.shape[-1])
-    return numbers if count == numbers.numel() else numbers[:1].clamp_min(0).expand(count)
+    if count == numbers.numel():
+        return numbers
+    first = numbers.masked_fill(numbers < 0, torch.iinfo(torch.int64).max).min()
+    return first.expand(count)
 
 
 def _wrap_experts(observers: list[_Observer], original):

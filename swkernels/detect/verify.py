@@ -113,16 +113,23 @@ def verify(
     components = same_matrix_groups(candidates)
     groups = [group for component in components for group in _subgroups(candidates, component)]
 
+    known: dict[frozenset[int], Measurement] = {}
+
     def measure(sets: list[list[int]], extra: list[Coordinate], stage: str):
-        wanted = [[coordinates[i] for i in members] for members in sets]
+        """Measure what is not known yet: leaving one out of a pair leaves a single weight."""
+        new = [members for members in sets if frozenset(members) not in known]
+        wanted = [[coordinates[i] for i in members] for members in new]
         wanted += [[coordinate] for coordinate in extra]
-        return evaluator.measure(wanted, lambda done, total: progress(stage, done, total))
+        results = []
+        if wanted:
+            results = evaluator.measure(wanted, lambda done, total: progress(stage, done, total))
+        known.update(zip(map(frozenset, new), results))
+        return [known[frozenset(members)] for members in sets], results[len(new) :]
 
     alone = [[i] for i in range(len(candidates))]
-    results = measure(alone + groups, null_coordinates, "zeroing")
-    singles = results[: len(alone)]
-    joints = results[len(alone) : len(alone) + len(groups)]
-    judge = Judge(config, Null(results[len(alone) + len(groups) :], matched), evaluator.baseline)
+    results, null = measure(alone + groups, null_coordinates, "zeroing")
+    singles, joints = results[: len(alone)], results[len(alone) :]
+    judge = Judge(config, Null(null, matched), evaluator.baseline)
 
     measured = [WeightSet(members, joint) for members, joint in zip(groups, joints)]
     sets: list[WeightSet] = []
@@ -244,7 +251,7 @@ def _reduce(sets: list[WeightSet], judge: Judge, measure) -> list[WeightSet]:
         while judge.level(weight_set.measurement) != INERT and len(weight_set.members) > 1:
             members = weight_set.members
             others = [[j for j in members if j != i] for i in members]
-            results = measure(others, [], "leaving one out")
+            results, _ = measure(others, [], "leaving one out")
             weight_set.leave_one_out = dict(zip(members, results))
             severity = judge.severity(weight_set.measurement)
             rest = {i: judge.severity(m) for i, m in weight_set.leave_one_out.items()}
@@ -279,7 +286,8 @@ def _across_layers(candidates, singles, sets, judge: Judge, measure) -> list[Wei
     if not groups:
         return []
     found = []
-    for group, joint in zip(groups, measure(groups, [], "across layers")):
+    joints, _ = measure(groups, [], "across layers")
+    for group, joint in zip(groups, joints):
         inside = [judge.severity(singles[i]) for i in group]
         inside += [judge.severity(s.measurement) for s in sets if set(s.members) <= set(group)]
         if judge.level(joint) == "critical" and judge.severity(joint) > 1.2 * max(inside):

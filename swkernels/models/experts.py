@@ -148,7 +148,7 @@ class ExpertObserver(TorchFunctionMode):
             return self._gather(first, inputs[-1], output)
         self._release()
         if func in _REPEATS:
-            self._repeat(first, inputs[1] if len(inputs) > 1 else None)
+            self._repeat(first, inputs[1] if len(inputs) > 1 else None, output)
         elif func is F.linear or func in _PRODUCTS:
             self._slice(first)
             self._product(first, inputs[1], output, bias_inside=func is F.linear)
@@ -160,27 +160,35 @@ class ExpertObserver(TorchFunctionMode):
         if isinstance(index, tuple):
             tensors = [part for part in index if isinstance(part, torch.Tensor)]
             index = tensors[0] if len(tensors) == 1 else None
-        if not isinstance(index, torch.Tensor) or index.dim() != 1 or index.dtype == torch.bool:
+        if not isinstance(index, torch.Tensor) or index.dim() != 1 or source.dim() < 2:
             return
         projection = self._owner(source)
         if projection is not None and source.dim() == 3:
             self._weights = (weakref.ref(output), projection, index)
-        elif source.dim() >= 2 and source.is_floating_point() and self._is_hidden(source):
-            self._tokens, self._part, self._rows = index, None, weakref.ref(output)
+            return
+        again = _same_storage(source, self._rows()) and len(source) == len(self._tokens)
+        if not again and not self._is_hidden(source):
+            return
+        index = index.nonzero().flatten() if index.dtype == torch.bool else index
+        self._gathered(self._tokens[index] if again else index, output)
+
+    def _gathered(self, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+        self._tokens, self._part, self._rows = tokens, None, weakref.ref(rows)
 
     def _is_hidden(self, source: torch.Tensor) -> bool:
         widths = {projection.rows for projection in (*self._fused, *self._modules)}
-        return source.shape[-1] in widths and source.numel() == self._count * source.shape[-1]
+        size = self._count * source.shape[-1]
+        return source.is_floating_point() and source.shape[-1] in widths and source.numel() == size
 
-    def _repeat(self, source, repeats) -> None:
+    def _repeat(self, source, repeats, output: torch.Tensor) -> None:
         if source.dim() == 2 and self._is_hidden(source) and isinstance(repeats, int):
             tokens = torch.arange(self._count, device=source.device)
-            self._tokens, self._part = tokens.repeat_interleave(repeats), None
+            self._gathered(tokens.repeat_interleave(repeats), output)
 
     def _slice(self, x) -> None:
         """A product with some of the gathered rows: those of one expert, sorted by expert."""
         gathered = self._rows()
-        if gathered is not None and _same_storage(x, gathered) and x.is_contiguous():
+        if _same_storage(x, gathered) and x.is_contiguous():
             start = (x.storage_offset() - gathered.storage_offset()) // x.shape[-1]
             self._part = self._tokens[start : start + x.numel() // x.shape[-1]]
 
@@ -287,8 +295,8 @@ def observe_experts(projections: list[DownProjection], callback: Callback) -> It
             scope.__dict__["forward"] = before
 
 
-def _same_storage(a: object, b: torch.Tensor) -> bool:
-    if not isinstance(a, torch.Tensor) or a.is_meta or b.is_meta:
+def _same_storage(a: object, b: object) -> bool:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.is_meta or b.is_meta:
         return False
     pointer = a.untyped_storage().data_ptr()
     return pointer != 0 and pointer == b.untyped_storage().data_ptr()

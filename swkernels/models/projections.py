@@ -23,7 +23,7 @@ from .fused import fused_weight
 from .structure import (
     Stack,
     base_of,
-    expert_index,
+    expert_of,
     features,
     feed_forward_modules,
     has_expert_stack,
@@ -199,7 +199,7 @@ def _in_block(block, block_name: str, layer: int, width: int) -> list[DownProjec
                     fused.experts,
                     block,
                     block_name,
-                    routed_scope(block, name) if name else block,
+                    routed_scope(block, name),
                 )  # fmt: skip
             )
     # A narrow pair without a gate beside a wider MLP is an adapter or a projection of its own
@@ -244,8 +244,7 @@ def _dense(block, block_name: str, layer: int, path: str) -> DownProjection:
     module = block.get_submodule(path)
     rows, columns = features(module)
     layout = "io" if type(base_of(module)[0]).__name__ == "Conv1D" else "oi"
-    expert = expert_index(block, path)
-    scope = None if expert is None else routed_scope(block, path)
+    expert, scope = expert_of(block, path) or (None, None)
     return DownProjection(
         f"{block_name}.{path}", layer, module, weight_name(module), layout, rows, columns,
         expert, None, block, block_name, scope,

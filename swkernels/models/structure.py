@@ -162,31 +162,33 @@ def routed_scope(block: nn.Module, name: str) -> nn.Module:
     """The outermost module on the way to ``name`` that is called with the hidden states.
 
     Lists and dictionaries of modules have no forward of their own. It is the block itself where
-    the experts lie directly in it.
+    there is no other.
     """
     module = block
-    for part in name.split("."):
+    for part in name.split(".") if name else ():
         module = module.get_submodule(part)
         if type(module).forward is not nn.Module.forward and part != "_orig_mod":
             return module
     return block
 
 
-def expert_index(block: nn.Module, name: str) -> int | None:
-    """The place of the module at ``name`` in a list of experts; None if it lies in none.
+def expert_of(block: nn.Module, name: str) -> tuple[int, nn.Module] | None:
+    """(index, scope) of the expert that the module at ``name`` lies in; None if it lies in none.
 
     A list of experts holds modules of one class, and is called so or has a router beside it: a
     weight with as many outputs as the list has members. Other lists (stages, towers) do not.
     """
-    module, owner, before = block, block, ""
+    module, owner, path = block, block, ""
     for part in name.split("."):
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             members = {key: m for key, m in module.named_children() if _holds_weights(m)}
             if len(members) > 1 and len({type(member) for member in members.values()}) == 1:
-                called = "expert" in f"{before} {type(module).__name__}".lower()
+                above, _, own_name = path.rpartition(".")
+                called = "expert" in f"{own_name} {type(module).__name__}".lower()
                 if called or _has_router(owner, len(members)):
-                    return list(members).index(part)
-        owner, module, before = module, module.get_submodule(part), part
+                    return list(members).index(part), routed_scope(block, above)
+        owner, module = module, module.get_submodule(part)
+        path = f"{path}.{part}" if path else part
     return None
 
 

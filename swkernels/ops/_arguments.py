@@ -81,7 +81,15 @@ def as_token_index(
             f"token_mask is on {token_mask.device}, the activation on {x.device}: move it"
         )
     if token_mask.dtype == torch.int64:
-        return token_mask.reshape(-1).contiguous()
+        index = token_mask.reshape(-1).contiguous()
+        # On a GPU the check would wait for the device; there the caller answers for the range.
+        if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+            if int(index.max()) + token_offset >= TOKEN_MASK:
+                raise InvalidInput(
+                    f"token indices must stay below 2^32 - 1, got {int(index.max())} "
+                    f"with token_offset {token_offset}"
+                )
+        return index
     if token_mask.dtype != torch.bool:
         raise InvalidInput(
             f"token_mask must be bool, or int64 token indices, got {token_mask.dtype}"

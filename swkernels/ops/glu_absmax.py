@@ -123,7 +123,7 @@ def _compute(gate, up, activation, keys, token_index, token_offset, backend):
 
 def _fake(gate, up, activation, keys, token_index, token_offset, backend):
     _check(gate, up, activation, keys)
-    return torch.empty_like(gate), gate.new_empty(gate.shape[-1], dtype=torch.int64)
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape[-1], dtype=torch.int64)
 
 
 def _setup_context(ctx, inputs, output):

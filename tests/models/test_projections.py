@@ -62,9 +62,7 @@ PER_LAYER = {name: [rows] * LAYERS for name, rows in EXPECTED.items()} | {
 @pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"t5"}))
 def test_finds_exactly_the_down_projections(name):
     found = find_down_projections(tiny_model(name))
-    expected = [
-        (layer, *row) for layer, rows in enumerate(PER_LAYER[name]) for row in sorted(rows)
-    ]
+    expected = [(layer, *row) for layer, rows in enumerate(PER_LAYER[name]) for row in sorted(rows)]
     actual = [
         (p.layer, p.name.removeprefix(f"{p.block_name}."), p.layout, p.columns, p.experts)
         for p in sorted(found, key=lambda p: (p.layer, p.name))
@@ -83,26 +81,38 @@ def test_encoder_and_decoder_of_t5():
     ]
 
 
-@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n in EXPECTED])
-def test_matrix_is_what_the_module_computes_with(name):
-    model = tiny_model(name)
-    for p in find_down_projections(model):
-        if p.experts is not None:
-            continue
-        seen = {}
-        hook = p.module.register_forward_hook(
-            lambda module, args, y, seen=seen: seen.update(x=args[0], y=y.clone())
+def check_outputs(model, projections, forward) -> None:
+    """Run, and compare each module's own output with x @ matrix.T + bias."""
+    seen = {}
+    hooks = [
+        p.module.register_forward_hook(
+            lambda module, args, y, p=p: seen.update({p: (args[0], y.clone())})
         )
-        with torch.no_grad():
-            run(model, token_ids())
+        for p in projections
+    ]
+    with torch.no_grad():
+        forward()
+    for hook in hooks:
         hook.remove()
-        expected = seen["x"] @ p.matrix().T
+    for p, (x, y) in seen.items():
+        expected = x @ p.matrix().T
         if getattr(p.module, "bias", None) is not None:
             expected = expected + p.module.bias
-        torch.testing.assert_close(seen["y"], expected)
+        torch.testing.assert_close(y, expected)
+    # An expert that no token chose does not run; everything else does.
+    assert {p for p in projections if p.expert is None} <= set(seen)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_oss", "llama4", "dbrx"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_matrix_is_what_the_module_computes_with(name):
+    model = tiny_model(name)
+    dense = [p for p in find_down_projections(model) if p.experts is None]
+    check_outputs(model, dense, lambda: run(model, token_ids()))
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "mixtral", "gpt_oss", "llama4", "dbrx", "jetmoe"]
+)
 def test_writing_to_the_matrix_reaches_the_model_and_one_weight_only(name):
     model = tiny_model(name)
     p = find_down_projections(model)[-1]

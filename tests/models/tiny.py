@@ -130,7 +130,7 @@ ARCHITECTURES = {
         "JetMoeForCausalLM",
         dict(vocab_size=VOCABULARY, hidden_size=H, intermediate_size=48, num_hidden_layers=3,
              num_key_value_heads=2, kv_channels=8, num_local_experts=4, num_experts_per_tok=2,
-             max_position_embeddings=256, **_ENDS),
+             max_position_embeddings=256, pad_token_id=0, **_ENDS),
     ),
     "dbrx": (
         "DbrxConfig",
@@ -141,15 +141,172 @@ ARCHITECTURES = {
     ),
 }  # fmt: skip
 
+# The rest of the families: found and checked in tests/models/test_more_architectures.py.
+_MAMBA = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1)
+_QWEN_NEXT = dict(
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)  # fmt: skip
+_EXPERTS = _MOE | dict(num_experts=4, moe_intermediate_size=48)
+_ROUTED = _MOE | dict(n_routed_experts=4, n_shared_experts=1, moe_intermediate_size=48)
+_BERT = dict(vocab_size=VOCABULARY, hidden_size=H, intermediate_size=I, num_hidden_layers=3,
+             num_attention_heads=4, is_decoder=True, pad_token_id=0)  # fmt: skip
+
+MORE_ARCHITECTURES = {
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", _DECODER),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        _DECODER | dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    ),
+    "gemma4_moe": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        _DECODER | dict(enable_moe_block=True, num_experts=4, top_k_experts=2,
+                        moe_intermediate_size=48, hidden_size_per_layer_input=8,
+                        vocab_size_per_layer_input=VOCABULARY, global_head_dim=8,
+                        layer_types=["sliding_attention", "sliding_attention", "full_attention"]),
+    ),
+    "olmo3": (
+        "Olmo3Config",
+        "Olmo3ForCausalLM",
+        _DECODER | dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    ),
+    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", _DECODER | _QWEN_NEXT),
+    "glm4": ("Glm4Config", "Glm4ForCausalLM", _DECODER),
+    "cohere2": (
+        "Cohere2Config",
+        "Cohere2ForCausalLM",
+        _DECODER | dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    ),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", _DECODER),
+    "nemotron": ("NemotronConfig", "NemotronForCausalLM", _DECODER),
+    "bamba": ("BambaConfig", "BambaForCausalLM", _DECODER | _MAMBA | dict(attn_layer_indices=[1])),
+    "jamba": (
+        "JambaConfig",
+        "JambaForCausalLM",
+        _DECODER | _MOE | dict(num_experts=4, attn_layer_period=2, attn_layer_offset=1,
+                               expert_layer_period=2, expert_layer_offset=1,
+                               use_mamba_kernels=False, mamba_d_state=8, mamba_dt_rank=4),
+    ),
+    "minimax": (
+        "MiniMaxConfig",
+        "MiniMaxForCausalLM",
+        _DECODER | _MOE | dict(num_local_experts=4, block_size=16, layer_types=[
+            "full_attention", "linear_attention", "full_attention"]),
+    ),
+    "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", _DECODER | _MOE | dict(num_local_experts=4)),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        _DECODER | _QWEN_NEXT | _EXPERTS | dict(shared_expert_intermediate_size=64),
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeTextConfig",
+        "Qwen3_5MoeForCausalLM",
+        _DECODER | _QWEN_NEXT | _EXPERTS | dict(shared_expert_intermediate_size=64),
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        _MHA | _ROUTED | dict(first_k_dense_replace=1, n_group=1, topk_group=1, q_lora_rank=16,
+                              kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+                              v_head_dim=8),
+    ),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        "Glm4MoeForCausalLM",
+        _DECODER | _ROUTED | dict(first_k_dense_replace=1, n_group=1, topk_group=1),
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        "Ernie4_5_MoeForCausalLM",
+        _DECODER | dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=48,
+                        moe_num_shared_experts=1, moe_layer_start_index=1, moe_layer_end_index=2,
+                        moe_layer_interval=1),
+    ),
+    "lfm2_moe": (
+        "Lfm2MoeConfig",
+        "Lfm2MoeForCausalLM",
+        _DECODER | _EXPERTS | dict(layer_types=["conv", "full_attention", "conv"],
+                                   num_dense_layers=1),
+    ),
+    "hunyuan_moe": (
+        "HunYuanMoEV1Config",
+        "HunYuanMoEV1ForCausalLM",
+        _DECODER | dict(num_experts=4, moe_topk=2),
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        _MHA | dict(layers_block_type=["mamba", "moe", "attention", "mlp"], n_routed_experts=4,
+                    num_experts_per_tok=2, moe_intermediate_size=48,
+                    moe_shared_expert_intermediate_size=40, mamba_num_heads=4, mamba_head_dim=16,
+                    ssm_state_size=8, n_groups=1, num_hidden_layers=4, n_group=1, topk_group=1),
+    ),
+    "aria": (
+        "AriaTextConfig",
+        "AriaTextForCausalLM",
+        _DECODER | dict(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+    ),
+    "longcat_flash": (
+        "LongcatFlashConfig",
+        "LongcatFlashForCausalLM",
+        dict(vocab_size=VOCABULARY, hidden_size=H, ffn_hidden_size=I, expert_ffn_hidden_size=48,
+             num_layers=2, num_attention_heads=4, n_routed_experts=4, zero_expert_num=2,
+             moe_topk=2, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+             v_head_dim=8, head_dim=8, max_position_embeddings=256, pad_token_id=0, **_ENDS),
+    ),
+    "zamba2": (
+        "Zamba2Config",
+        "Zamba2ForCausalLM",
+        _DECODER | dict(layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+                        num_hidden_layers=4, num_mem_blocks=1, mamba_d_state=8, n_mamba_heads=4,
+                        mamba_headdim=16, head_dim=16, adapter_rank=4, num_key_value_heads=4,
+                        use_mamba_kernels=False),
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        "RecurrentGemmaForCausalLM",
+        _MHA | dict(lru_width=H, attention_window_size=16),
+    ),
+    "bert": ("BertConfig", "BertLMHeadModel", _BERT),
+    "switch_transformers": (
+        "SwitchTransformersConfig",
+        "SwitchTransformersForConditionalGeneration",
+        dict(vocab_size=VOCABULARY, d_model=H, d_ff=I, d_kv=8, num_layers=2, num_decoder_layers=2,
+             num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_heads=4, num_experts=4,
+             decoder_start_token_id=0, expert_capacity=64),
+    ),
+    "nllb_moe": (
+        "NllbMoeConfig",
+        "NllbMoeForConditionalGeneration",
+        dict(vocab_size=VOCABULARY, d_model=H, encoder_layers=2, decoder_layers=2,
+             encoder_ffn_dim=I, decoder_ffn_dim=I, encoder_attention_heads=4,
+             decoder_attention_heads=4, num_experts=4, encoder_sparse_step=2,
+             decoder_sparse_step=2, decoder_start_token_id=2, max_position_embeddings=256,
+             expert_capacity=64),
+    ),
+}  # fmt: skip
+
 MIXTURES = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "deepseek_v3", "gpt_oss",
     "llama4", "jetmoe", "dbrx",
 )  # fmt: skip
 
 
+# Without nllb_moe: which experts a token goes to depends there on the order of the tokens.
+MORE_MIXTURES = (
+    "gemma4_moe", "jamba", "minimax", "phimoe", "qwen3_next", "qwen3_5_moe", "deepseek_v2",
+    "glm4_moe", "ernie4_5_moe", "lfm2_moe", "hunyuan_moe", "nemotron_h", "aria", "longcat_flash",
+    "switch_transformers",
+)  # fmt: skip
+
+
 def tiny_model(name: str, seed: int = 0, **changes) -> torch.nn.Module:
     """Return a random model of architecture ``name``, in eval mode, float32."""
-    config_name, model_name, keywords = ARCHITECTURES[name]
+    config_name, model_name, keywords = (ARCHITECTURES | MORE_ARCHITECTURES)[name]
     config = getattr(transformers, config_name)(**(keywords | changes))
     torch.manual_seed(seed)
     return getattr(transformers, model_name)(config).eval()
