@@ -126,7 +126,7 @@ class Evaluator:
     ) -> list[Measurement]:
         """Zero each set in turn on every window; also fills ``baseline``."""
         results = [Measurement() for _ in sets]
-        losses, tokens, information = [], [], []
+        losses, information = [], []
         total, done = len(self.windows) * (len(sets) + 1), 0
         depths = [self._depth(coordinates) for coordinates in sets]
         for window in self.windows:
@@ -136,20 +136,19 @@ class Evaluator:
             if not self._may_replay(replay, window, intact):
                 depths = [0] * len(sets)
             targets = window[0, 1:].to(intact.device)
-            window_losses, window_tokens = _block_losses(intact, targets)
-            losses += window_losses
-            tokens += window_tokens
+            losses += _losses(intact, targets)
             information.append(_information(intact))
             done += 1
             for result, coordinates, depth in zip(results, sets, depths):
                 with zeroed(coordinates), replay.starting_at(depth):
-                    changed = self._log_probabilities(window)
-                result.losses += _block_losses(changed, targets)[0]
-                result.kls.append(_kl(intact, changed))
+                    changed_losses, kl = _compare(intact, self._logits(window), targets)
+                result.losses += changed_losses
+                result.kls.append(kl)
                 done += 1
                 if progress:
                     progress(done, total)
         sizes = [window.numel() - 1 for window in self.windows]
+        tokens = [min(BLOCK, size - at) for size in sizes for at in range(0, size, BLOCK)]
         self.baseline = Baseline(losses, tokens, len(sizes), _mean(information, sizes))
         for result in results:
             self._summarize(result)
@@ -167,8 +166,10 @@ class Evaluator:
 
     def _log_probabilities(self, window: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the next token, float32 [S - 1, V]."""
-        logits = self.logits(window)
-        return F.log_softmax(logits[0, :-1].float(), dim=-1)
+        return F.log_softmax(self._logits(window), dim=-1)
+
+    def _logits(self, window: torch.Tensor) -> torch.Tensor:
+        return self.logits(window)[0, :-1].float()  # [S - 1, V]
 
     def _summarize(self, result: Measurement) -> None:
         base, tokens = self.baseline.losses, self.baseline.tokens
@@ -184,25 +185,43 @@ def _mean(values: list[float], weights: list[int]) -> float:
     return sum(v * w for v, w in zip(values, weights)) / sum(weights)
 
 
-def _block_losses(
-    log_probabilities: torch.Tensor, targets: torch.Tensor
-) -> tuple[list[float], list[int]]:
-    """Mean loss and number of tokens of each block of a window."""
+def _losses(log_probabilities: torch.Tensor, targets: torch.Tensor) -> list[float]:
+    """Mean loss of each block of a window."""
     losses = F.nll_loss(log_probabilities, targets, reduction="none").split(BLOCK)
-    return [float(block.mean()) for block in losses], [len(block) for block in losses]
+    return [float(block.mean()) for block in losses]
+
+
+def _compare(
+    intact: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[list[float], float]:
+    """Mean loss of each block, and the mean KL divergence from the intact model's prediction.
+
+    Block by block: temporaries the size of all logits would cost more than the arithmetic.
+
+    Args:
+        intact: log-probabilities [S, V]; logits: [S, V] of the changed model; targets: [S].
+    """
+    losses, divergence = [], 0.0
+    for p, q, target in zip(intact.split(BLOCK), logits.split(BLOCK), targets.split(BLOCK)):
+        q = F.log_softmax(q, dim=-1)
+        losses.append(float(F.nll_loss(q, target)))
+        divergence += float(F.kl_div(q, p, reduction="sum", log_target=True))
+    return losses, max(0.0, divergence / len(targets))
 
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def _kl(intact: torch.Tensor, changed: torch.Tensor) -> float:
-    return float((intact.exp() * (intact - changed)).sum(-1).mean().clamp_min(0))
-
-
 def _information(log_probabilities: torch.Tensor) -> float:
-    average = log_probabilities.exp().mean(0, keepdim=True).log()
-    return max(_kl(log_probabilities, average), torch.finfo(torch.float32).eps)
+    """Mean KL divergence of the rows [S, V] from their average, in nats, and above zero."""
+    blocks = log_probabilities.split(BLOCK)
+    average = (sum(block.exp().sum(0) for block in blocks) / len(log_probabilities)).log()
+    total = sum(
+        float(F.kl_div(average.expand_as(block), block, reduction="sum", log_target=True))
+        for block in blocks
+    )
+    return max(total / len(log_probabilities), torch.finfo(torch.float32).eps)
 
 
 def _bootstrap(

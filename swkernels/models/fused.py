@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -27,14 +27,21 @@ def fused_weight(parent: nn.Module, name: str, module: nn.Module, width: int) ->
         parent, name: the module that holds ``module``, and under which name.
         width: the width of the residual stream.
     """
-    stacks = {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 3}
+    stacks = _stacks(module)
     if list(stacks) == ["weight"]:
-        return _of_siblings(parent, name, stacks["weight"], width)
-    return _of_parameters(module, stacks, width) or _of_rows(module, width)
+        siblings = {key: _stacks(child) for key, child in parent.named_children()}
+        weights = {k: own["weight"] for k, own in siblings.items() if list(own) == ["weight"]}
+        found = _reading(module, weights, width)
+        return replace(found, parameter="weight") if found and found.parameter == name else None
+    return _reading(module, stacks, width) or _of_rows(module, width)
 
 
-def _of_parameters(module: nn.Module, stacks: dict, width: int) -> FusedWeight | None:
-    """Parameters [E, ., .] side by side: a pair of a down and an expanding weight.
+def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 3}
+
+
+def _reading(module: nn.Module, weights: dict, width: int) -> FusedWeight | None:
+    """Weights [E, ., .] side by side, in one module or one in each (JetMoE): the down weight.
 
     Where shapes allow two readings (an up projection is a transposed down projection) the name
     decides, then the class (``is_transposed``, which transformers' fused experts declare), then
@@ -42,17 +49,16 @@ def _of_parameters(module: nn.Module, stacks: dict, width: int) -> FusedWeight |
     """
     expected = "eio" if getattr(module, "is_transposed", False) else "eoi"
     readings = []
-    for parameter, weight in stacks.items():
+    for name, weight in weights.items():
         experts, *shape = weight.shape
         for layout, (rows, columns) in (("eoi", shape), ("eio", shape[::-1])):
             if rows == width and any(
                 _expands(other, layout, columns, width)
-                for sibling, other in stacks.items()
-                if sibling != parameter and other.shape[0] >= experts
+                for sibling, other in weights.items()
+                if sibling != name and other.shape[0] >= experts
             ):
-                named = bool(_DOWN.search(parameter))
-                found = FusedWeight(parameter, layout, experts, columns)
-                readings.append((named, layout == expected, found))
+                found = FusedWeight(name, layout, experts, columns)
+                readings.append((bool(_DOWN.search(name)), layout == expected, found))
     return max(readings, key=lambda reading: reading[:2])[2] if readings else None
 
 
@@ -60,20 +66,6 @@ def _expands(weight, layout: str, columns: int, width: int) -> bool:
     """Whether a weight [E, ., .] of this layout maps ``width`` to ``columns``, or twice as many."""
     out, into = weight.shape[1:] if layout == "eoi" else weight.shape[:0:-1]
     return into == width and out in (columns, 2 * columns)
-
-
-def _of_siblings(parent: nn.Module, name: str, weight, width: int) -> FusedWeight | None:
-    """One module per projection, each with a weight [E, out, in] (JetMoE)."""
-    experts, rows, columns = weight.shape
-    for sibling, module in parent.named_children():
-        other = module._parameters.get("weight")
-        if sibling == name or other is None or other.dim() != 3 or other.shape[0] != experts:
-            continue
-        square = other.shape == weight.shape
-        if rows == width and _expands(other, "eoi", columns, width):
-            if not square or _DOWN.search(name):
-                return FusedWeight("weight", "eoi", experts, columns)
-    return None
 
 
 def _of_rows(module: nn.Module, width: int) -> FusedWeight | None:

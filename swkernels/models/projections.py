@@ -186,22 +186,15 @@ def _in_block(block, block_name: str, layer: int, width: int) -> list[DownProjec
         parent_name, _, own_name = name.rpartition(".")
         fused = fused_weight(block.get_submodule(parent_name), own_name, module, width)
         if fused is not None:
+            path = f"{block_name}.{name}" if name else block_name
+            # A module that holds nothing but one stack of weights does not route the tokens.
+            scope = routed_scope(block, parent_name if fused.parameter == "weight" else name)
             found.append(
                 DownProjection(
-                    f"{block_name}.{name}" if name else block_name,
-                    layer,
-                    module,
-                    fused.parameter,
-                    fused.layout,
-                    width,
-                    fused.columns,
-                    None,
-                    fused.experts,
-                    block,
-                    block_name,
-                    routed_scope(block, name),
-                )  # fmt: skip
-            )
+                    path, layer, module, fused.parameter, fused.layout, width, fused.columns,
+                    None, fused.experts, block, block_name, scope,
+                )
+            )  # fmt: skip
     # A narrow pair without a gate beside a wider MLP is an adapter or a projection of its own
     # (Gemma's per-layer inputs); alone in its block it is the block's MLP.
     if found or has_stacks:

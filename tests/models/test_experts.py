@@ -30,6 +30,9 @@ def build(name, implementation):
     model = tiny_model(name)
     if implementation is not None:
         model.set_experts_implementation(implementation)
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):  # they begin as zeros, and a missing one would not show
+            nn.init.normal_(parameter, std=0.1)
     return model
 
 
@@ -197,6 +200,25 @@ class MaskedMoE(SortedMoE):
             return y.view_as(hidden)
 
         return forward
+
+
+def test_what_the_callback_computes_is_not_taken_for_the_model():
+    torch.manual_seed(0)
+    model, hidden = SortedMoE().eval(), torch.randn(1, 24, 16)
+    (scope, projections), *_ = by_scope(model).items()
+    calls = []
+
+    def callback(*seen):
+        calls.append(seen)
+        hidden[0][torch.zeros(48, dtype=torch.long)]  # gathers as many rows as the mixture did
+
+    with torch.no_grad(), observe_experts(projections, callback):
+        scope(hidden)
+    for p, _, x, _, tokens in calls:
+        module = scope.experts[p.expert]
+        rows = hidden[0][tokens]
+        torch.testing.assert_close(x, F.silu(module.w1(rows)) * module.w3(rows))
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("model_class", [UnfusedMoE, SortedMoE, MaskedMoE])

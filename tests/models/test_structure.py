@@ -55,6 +55,20 @@ def test_attention_and_mlp_in_one_flat_block(inner):
     assert names(model) == ["trunk.0.contract", "trunk.1.contract"]
 
 
+def test_attention_inside_a_flat_block_is_told_by_the_names_of_its_inputs():
+    square = {name: nn.Linear(16, 16) for name in ("grow", "shrink", "w_q", "w_k", "w_v")}
+    assert names(blocks(lambda: block(**square), count=1)) == ["trunk.0.shrink"]
+
+
+def test_the_output_of_attention_in_a_module_of_its_own():
+    def apart():
+        return block(dense=nn.Linear(16, 16))
+
+    mix = block(query=nn.Linear(16, 16), value=nn.Linear(16, 16), out=apart())
+    model = blocks(lambda: block(one=apart(), two=apart(), mix=mix), count=1)
+    assert names(model) == ["trunk.0.two.dense"]
+
+
 def test_grouped_query_attention_is_no_gated_mlp():
     """A fused q, k and v is twice as wide as the output's input: the shapes of gate, up, down."""
     mlp = dict(gate=nn.Linear(16, 40), up=nn.Linear(16, 40), back=nn.Linear(40, 16))
@@ -139,6 +153,33 @@ def test_fused_experts_with_names_of_their_own(transposed, inner):
     assert (p.layout, p.rows, p.columns) == ("eio" if transposed else "eoi", 16, inner)
     if inner != 16:
         assert p.parameter == "three"
+
+
+def test_a_known_name_goes_before_the_convention():
+    """Without a gate and without a class that says so, both readings of the shapes are whole."""
+    many = nn.Module()
+    many.up = nn.Parameter(torch.randn(4, 16, 24))
+    many.down = nn.Parameter(torch.randn(4, 24, 16))
+    (p,) = find_down_projections(blocks(lambda: block(many=many), count=1))
+    assert (p.parameter, p.layout, p.columns) == ("down", "eio", 24)
+
+
+def test_a_module_for_each_stack_of_experts():
+    """[experts, in, out] with the features of a linear layer, as aria had in transformers 5.0."""
+
+    class Grouped(nn.Module):
+        def __init__(self, into, out):
+            super().__init__()
+            self.in_features, self.out_features = into, out
+            self.weight = nn.Parameter(torch.randn(4, into, out))
+
+        def forward(self, rows, sizes):
+            return torch.cat([x @ w for x, w in zip(rows.split(sizes), self.weight)])
+
+    model = blocks(lambda: block(moe=block(one=Grouped(16, 48), two=Grouped(24, 16))), count=1)
+    (p,) = find_down_projections(model)
+    assert (p.name, p.layout, p.columns, p.experts) == ("trunk.0.moe.two", "eio", 24, 4)
+    assert p.matrix(3).shape == (16, 24) and p.scope is model.trunk[0]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4", "qwen2_moe", "jetmoe", "dbrx"])
@@ -289,7 +330,7 @@ def test_a_model_of_another_modality_alone_is_taken(llava):
     assert skipped_towers(tower) == []
 
 
-def test_a_tower_is_told_by_what_it_reads_not_only_by_its_name():
+def test_the_decoder_of_a_speech_model_is_text():
     config = transformers.WhisperConfig(
         vocab_size=128, d_model=H, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=I,
         decoder_ffn_dim=I, encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=0,
@@ -297,7 +338,28 @@ def test_a_tower_is_told_by_what_it_reads_not_only_by_its_name():
     model = transformers.WhisperForConditionalGeneration(config)
     assert names(model) == ["model.decoder.layers.0.fc2"]
     (skipped,) = skipped_towers(model)
-    assert skipped[0] == "model.encoder.layers" and "WhisperEncoder reads" in skipped[1]
+    assert skipped[0] == "model.encoder.layers"
+
+
+@pytest.mark.parametrize(
+    "modalities, main_input, reason",
+    [
+        (("image",), "input_ids", "Module reads image"),
+        ("audio", "input_ids", "Module reads audio"),
+        ("text", "input_values", "Module reads input_values"),
+        (("image", "text"), "inputs_embeds", None),
+    ],
+)
+def test_a_tower_is_told_by_what_it_reads(modalities, main_input, reason):
+    def part():
+        return blocks(lambda: block(up=nn.Linear(16, 40), back=nn.Linear(40, 16)), count=1)
+
+    model = block(front=part(), back=part())
+    model.front.input_modalities, model.front.main_input_name = modalities, main_input
+    assert skipped_towers(model) == ([("front.trunk", reason)] if reason else [])
+    front = [] if reason else ["front.trunk.0.back"]
+    assert names(model) == [*front, "back.trunk.0.back"]
+    assert names(model, towers="all") == ["front.trunk.0.back", "back.trunk.0.back"]
 
 
 def test_state_space_models_have_none():
