@@ -58,8 +58,8 @@ def main() -> None:
     with torch.no_grad():
         medians = interleaved(variants, options.rounds)
     base = medians["base model"]
-    print(f"{options.batch} x {options.length} tokens, {options.dtype}, "
-          f"{torch.get_num_threads()} threads, medians of {options.rounds} interleaved runs")  # fmt: skip
+    print(f"{options.batch} x {options.length} tokens, {options.dtype}")
+    print(f"{torch.get_num_threads()} threads, medians of {options.rounds} interleaved runs")
     for name, seconds in medians.items():
         print(f"{name:40s} {seconds:8.3f} s   x{seconds / base:.3f}")
     ratio = medians["base model, tracked"] / medians["full model with its head"]

@@ -48,8 +48,8 @@ def main() -> None:
     )
     size = buffers[0].numel() * buffers[0].element_size()
     read = medians["read (sum of int64)"]
-    print(f"{shape[0]} x {shape[1]} {options.dtype}, {size / 1e6:.0f} MB, "
-          f"{torch.get_num_threads()} threads, medians of {options.rounds} interleaved runs")  # fmt: skip
+    print(f"{shape[0]} x {shape[1]} {options.dtype}, {size / 1e6:.0f} MB")
+    print(f"{torch.get_num_threads()} threads, medians of {options.rounds} interleaved runs")
     for name, seconds in medians.items():
         rate = size / seconds / 1e9
         print(f"{name:30s} {seconds * 1e3:8.2f} ms {rate:7.1f} GB/s {read / seconds:6.2f} of read")

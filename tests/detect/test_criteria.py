@@ -20,9 +20,7 @@ def test_the_sums_of_the_example():
     torch.testing.assert_close(Y, expected)
 
 
-@pytest.mark.parametrize(
-    "token, product, rest", [(0, 10.0, 1.3), (1, 40.0, 2.8), (2, 70.0, 4.3)]
-)
+@pytest.mark.parametrize("token, product, rest", [(0, 10.0, 1.3), (1, 40.0, 2.8), (2, 70.0, 4.3)])
 def test_the_super_weight_dominates_its_row_for_every_token(token, product, rest):
     parts = dominance(X[token], W[0])
     assert parts.dominance[0].item() == pytest.approx(product / rest)

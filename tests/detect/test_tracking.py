@@ -20,6 +20,7 @@ def captured(model, ids, **keywords):
     """The input and output of every dense down projection, by plain hooks."""
     seen, hooks = {}, []
     for p in find_down_projections(model):
+
         def hook(module, args, y, name=p.name):
             seen[name] = (args[0].detach().clone(), y.detach().clone())
 

@@ -44,11 +44,24 @@ def by_scope(model):
     return scopes
 
 
-def observe(projections, call):
+def seen_by(projections, call):
     """Return [(projection, expert, x, y, tokens)] of ``call``, and what it returns."""
     calls = []
     with observe_experts(projections, lambda *seen: calls.append(seen)):
         return calls, call()
+
+
+def observe(model, ids):
+    """Run with every mixture observed: logits, {projection: [(expert, x, y, tokens, bias)]}."""
+    calls = {}
+
+    def callback(p, expert, x, y, tokens):
+        calls.setdefault(p, []).append((expert, x, y, tokens, bias_of(p, expert)))
+
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for projections in by_scope(model).values():
+            stack.enter_context(observe_experts(projections, callback))
+        return run(model, ids).logits, calls
 
 
 def bias_of(p, expert):
@@ -63,26 +76,23 @@ def test_every_routed_token_is_seen_once_with_what_it_went_through(name, impleme
     model, ids = build(name, implementation), token_ids()
     with torch.no_grad():
         plain = run(model, ids).logits
-        scopes = by_scope(model)
-        calls = {scope: [] for scope in scopes}
-        with contextlib.ExitStack() as stack, warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)
-            for scope, projections in scopes.items():
-                record = calls[scope]
-                stack.enter_context(
-                    observe_experts(projections, lambda *seen, to=record: to.append(seen))
-                )
-            observed = run(model, ids).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        observed, calls = observe(model, ids)
     assert torch.equal(plain, observed)
-    for scope, seen in calls.items():
-        assert "forward" not in scope.__dict__
-        counted = torch.zeros(ids.numel(), dtype=torch.long)
-        for p, expert, x, y, tokens in seen:
+    scopes = by_scope(model)
+    assert {p.scope for p in calls} == set(scopes)
+    assert all("forward" not in scope.__dict__ for scope in scopes)
+    counted = {scope: torch.zeros(ids.numel(), dtype=torch.long) for scope in scopes}
+    for p, seen in calls.items():
+        for expert, x, y, tokens, bias in seen:
             assert len(x) == len(y) == len(tokens)
             assert (expert is None) == (p.experts is None)
-            torch.testing.assert_close(y, x @ p.matrix(expert).T + bias_of(p, expert))
-            counted.index_add_(0, tokens[tokens >= 0], torch.ones_like(tokens[tokens >= 0]))
-        assert counted.sum() > 0 and set(counted.tolist()) <= CHOSEN.get(name, {2})
+            torch.testing.assert_close(y, x @ p.matrix(expert).T + bias)
+            tokens = tokens[tokens >= 0]
+            counted[p.scope].index_add_(0, tokens, torch.ones_like(tokens))
+    for count in counted.values():
+        assert count.sum() > 0 and set(count.tolist()) <= CHOSEN.get(name, {2})
 
 
 @pytest.mark.parametrize("name, implementation", CASES)
@@ -104,8 +114,8 @@ def test_a_row_is_of_the_token_that_is_named(name, implementation):
             is_rows = isinstance(value, torch.Tensor) and value.dim() > 1
             return value.flip(-2) if is_rows and value.shape[-2] == count else value
 
-        calls, _ = observe(projections, lambda: scope(*args, **kwargs))
-        turned_calls, _ = observe(
+        calls, _ = seen_by(projections, lambda: scope(*args, **kwargs))
+        turned_calls, _ = seen_by(
             projections, lambda: scope(*[turned(value) for value in args], **kwargs)
         )
     rows, turned_rows = (
@@ -229,7 +239,7 @@ def test_experts_of_their_own_are_seen_with_their_tokens(model_class):
     hidden = torch.randn(2, 24, 16)
     with torch.no_grad():
         plain = scope(hidden)
-        calls, observed = observe(projections, lambda: scope(hidden))
+        calls, observed = seen_by(projections, lambda: scope(hidden))
     assert torch.equal(plain, observed)
     seen = 0
     for p, expert, x, y, tokens in calls:
@@ -252,7 +262,7 @@ def test_an_adapter_on_an_expert_is_part_of_its_output():
     for p in projections:
         nn.init.normal_(p.module.lora_B["default"].weight)
     with torch.no_grad():
-        calls, _ = observe(projections, lambda: model(token_ids() % 50))
+        calls, _ = seen_by(projections, lambda: model(token_ids() % 50))
         for p, _, x, y, _ in calls:
             torch.testing.assert_close(y, p.module(x))
             assert not torch.allclose(y, x @ p.matrix().T)
@@ -266,7 +276,7 @@ def test_gradients_flow_through_an_observed_mixture():
         run(model, token_ids()).logits.sum().backward()
         expected = p.weight.grad.clone()
         model.zero_grad()
-        observe([p], lambda model=model: run(model, token_ids()).logits.sum().backward())
+        seen_by([p], lambda model=model: run(model, token_ids()).logits.sum().backward())
         assert torch.equal(p.weight.grad, expected) and expected.abs().max() > 0
 
 
@@ -281,7 +291,7 @@ def test_products_that_cannot_be_seen_are_said_to_be_unseen(monkeypatch):
 
     monkeypatch.setattr(experts, "forward", forward)
     with pytest.warns(RuntimeWarning, match=f"no product with the experts of {p.name}.*eager"):
-        calls, _ = observe([p], lambda: run(model, token_ids()))
+        calls, _ = seen_by([p], lambda: run(model, token_ids()))
     assert calls == []
 
 
