@@ -34,7 +34,7 @@ _METHOD = typer.Option(
     help="What may name candidates: dominance, outlier, threshold. Repeatable.",
     show_default="dominance",
 )
-_MAX_CANDIDATES = typer.Option(help="The strongest that are kept.", show_default="24")
+_MAX_CANDIDATES = typer.Option(help="The strongest that are kept.", show_default="16")
 _NO_VERIFY = typer.Option("--no-verify", help="List candidates, measure nothing.")
 _BACKEND = typer.Option(
     help="reference, cpu, triton or cuda for every operation.", show_default="the best there is"

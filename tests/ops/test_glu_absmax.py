@@ -52,7 +52,7 @@ def test_running_keys_masks_and_odd_sizes(backend, tokens):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_special_values_are_those_of_the_formula(backend, activation):
-    special = [0.0, -0.0, -math.inf, math.nan, 1e30, -1e30, 88.0, -90.0, 1e-40]
+    special = [0.0, -0.0, -math.inf, math.nan, 1e30, -1e30, 88.0, -80.0, 1e-40]
     if (backend, activation) != ("reference", "gelu"):
         special.append(math.inf)  # PyTorch's own vectorised float32 gelu gives NaN there
     gate = torch.tensor(special, device=DEVICE).repeat(3, 1)
