@@ -18,7 +18,8 @@ test: $(VENV)/.demo
 	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/.demo
-	$(BIN)/python -m benchmarks.tracking
+	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.report
 
 # torch comes first, so that PIP_ARGS can name the index of a build of it (CPU, CUDA, ROCm).
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)

@@ -1,59 +1,78 @@
-"""``column_absmax`` against PyTorch and against the memory: 8192 x 2048, two threads or more.
-
-    python -m benchmarks.ops.column_absmax [--dtype float32] [--rounds 15]
-
-Buffers rotate, so that every run reads from memory and not from the cache. The read bandwidth is
-measured in the same run, by the fastest plain read that PyTorch has: the sum of the buffer seen
-as int64.
-"""
+"""Cases of ``column_absmax``: the inputs and outputs of down projections."""
 
 from __future__ import annotations
 
-import argparse
-from itertools import cycle
-
 import torch
 
-from benchmarks.timing import interleaved
+from benchmarks import expected
+from benchmarks.case import Case, Error, Provider, compiled, normal, ours, wrong_channels
+from benchmarks.ceilings import read_once
+from benchmarks.shapes import MODELS
 from swkernels import ops
 
-BUFFERS = 6
+OP = "column_absmax"
+_MEASURE = "channels whose peak differs"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--channels", type=int, default=2048)
-    options = parser.parse_args()
-    shape = options.tokens, options.channels
-    dtype = getattr(torch, options.dtype)
-    buffers = [torch.randn(shape).to(dtype) for _ in range(BUFFERS)]
-    running = ops.column_absmax(buffers[0])
+def case(models, projection, tokens, columns, dtype, device, *, interpreted=False, dry=False):
+    """One case on x [tokens, columns]."""
 
-    def over_buffers(function):
-        turn = cycle(buffers)
-        return lambda: function(next(turn))
+    def make(seed):
+        x = normal(seed, tokens, columns, dtype=dtype, device=device)
+        # A spike in every channel, the rows in turn from the last: a kernel that leaves a row
+        # out is then seen, and activations have such spikes.
+        channels = torch.arange(columns, device=device)
+        x[(tokens - 1 - channels) % tokens, channels] = -64.0
+        return {"x": x}
 
-    medians = interleaved(
-        {
-            "read (sum of int64)": over_buffers(lambda x: x.view(torch.int64).sum()),
-            "column_absmax": over_buffers(ops.column_absmax),
-            "column_absmax, running keys": over_buffers(lambda x: ops.column_absmax(x, running)),
-            "abs().amax(0)": over_buffers(lambda x: x.abs().amax(0)),
-            "abs().max(0)": over_buffers(lambda x: x.abs().max(0)),
-        },
-        options.rounds,
-    )
-    size = buffers[0].numel() * buffers[0].element_size()
-    read = medians["read (sum of int64)"]
-    print(f"{shape[0]} x {shape[1]} {options.dtype}, {size / 1e6:.0f} MB")
-    print(f"{torch.get_num_threads()} threads, medians of {options.rounds} interleaved runs")
-    for name, seconds in medians.items():
-        rate = size / seconds / 1e9
-        print(f"{name:30s} {seconds * 1e3:8.2f} ms {rate:7.1f} GB/s {read / seconds:6.2f} of read")
+    def providers():
+        return [
+            Provider("read", "bare", lambda inputs: {"read": read_once(inputs["x"])}),
+            *ours(OP, _ours, device, interpreted=interpreted),
+            Provider("abs().max(0)", "eager", _eager),
+            Provider("abs().amax(0)", "eager", lambda i: {"values": i["x"].abs().amax(0)}),
+            Provider("vector_norm(inf)", "eager", _norm),
+            compiled(lambda: _eager, dry=dry),
+        ]
+
+    shape = {"tokens": tokens, "columns": columns}
+    work = expected.column_absmax(tokens, columns, dtype)
+    return Case(OP, models, projection, shape, dtype, work, 40, make, judge, providers)
 
 
-if __name__ == "__main__":
-    main()
+def sizes() -> list[tuple[tuple[str, ...], str, int]]:
+    """Models, name and channels of the inputs and outputs of their down projections."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for model in MODELS:
+        found.setdefault(("down_proj input", model.intermediate), []).append(model.name)
+        found.setdefault(("down_proj output", model.hidden), []).append(model.name)
+    return [(tuple(models), name, columns) for (name, columns), models in found.items()]
+
+
+def judge(inputs):
+    """Peaks are exact: the error is the number of channels that differ, and none may."""
+    x = inputs["x"]
+    exact = x.abs().amax(0).float()
+
+    def error(outputs):
+        wrong = 0
+        if "keys" in outputs:
+            wrong = wrong_channels(outputs["keys"], x)
+        elif "values" in outputs:
+            wrong = int((outputs["values"].float() != exact).sum())
+        return Error(wrong, 0, _MEASURE)
+
+    return error
+
+
+def _ours(inputs, *, backend):
+    return {"keys": ops.column_absmax(inputs["x"], backend=backend)}
+
+
+def _eager(inputs):
+    values, tokens = inputs["x"].abs().max(0)
+    return {"values": values, "tokens": tokens}
+
+
+def _norm(inputs):
+    return {"values": torch.linalg.vector_norm(inputs["x"], torch.inf, dim=0)}

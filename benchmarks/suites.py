@@ -1,0 +1,120 @@
+"""What each suite measures, in the order of its importance: time may run out before the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.case import Case
+from benchmarks.models import mlp
+from benchmarks.ops import column_absmax, glu_absmax, linear_absmax
+from benchmarks.shapes import MODELS, TOKENS, projections
+from swkernels.errors import InvalidInput
+
+OPERATIONS = ("column_absmax", "linear_absmax", "glu_absmax", "tracked_mlp", "tracked_model")
+SUITES = ("cpu", "gpu", "models")
+
+_QUICK_MODELS = ("Llama-3-8B", "Llama-3-70B", "SmolLM2-135M")
+_QUICK_TOKENS = {"cpu": (16, 512, 4096), "gpu": (4096, 16384, 16)}
+_DRY_TOKENS = (5, 33)
+_DTYPES = {"cpu": ("float32", "bfloat16", "float16"), "gpu": ("bfloat16", "float16", "float32")}
+
+
+def cases(
+    suite: str, device: torch.device, *, ops: tuple[str, ...] = (), quick=False, dry=False
+) -> Iterator[Case]:
+    """The cases of a suite, those of ``quick`` first, each once.
+
+    Args:
+        suite: "cpu" or "gpu", the operations there, or "models", a whole model.
+        ops: only these operations.
+        quick: only a few models and token counts.
+        dry: tiny sizes, to exercise the code; on a machine without a GPU in the interpreter.
+
+    Raises:
+        InvalidInput: an operation or suite that is not there.
+    """
+    unknown = set(ops) - set(OPERATIONS)
+    if unknown or suite not in SUITES:
+        raise InvalidInput(
+            f"expected operations of {', '.join(OPERATIONS)} and a suite of {', '.join(SUITES)}, "
+            f"got {', '.join(sorted(unknown)) or suite}"
+        )
+    ops = ops or OPERATIONS
+    if suite == "models":
+        if "tracked_model" in ops:
+            from benchmarks.models import tracking
+
+            for dtype in ("float32", "bfloat16"):
+                yield tracking.case(dtype, device)
+        return
+    if dry:
+        yield from _dry(suite, device, ops)
+        return
+    seen = set()
+    for case in _sized(suite, device, ops, quick):
+        key = case.op, case.label
+        if key not in seen:
+            seen.add(key)
+            yield case
+
+
+def _sized(suite, device, ops, quick) -> Iterator[Case]:
+    tokens = _QUICK_TOKENS[suite]
+    first = _DTYPES[suite][0]
+    yield from _of(suite, device, ops, _QUICK_MODELS, tokens, (first,), ("down_proj",))
+    if suite == "cpu" and "column_absmax" in ops:  # the shape that the target names
+        for dtype in ("float32", "bfloat16"):
+            yield column_absmax.case(("OLMo-1B",), "down_proj output", 8192, 2048, dtype, device)
+    others = _DTYPES[suite][1:2]
+    yield from _of(suite, device, ops, _QUICK_MODELS, tokens[:2], others, ("down_proj",))
+    if quick:
+        return
+    names = tuple(model.name for model in MODELS)
+    everything = ("down_proj", "gate_proj, up_proj", "q_proj, o_proj", "k_proj, v_proj")
+    yield from _of(suite, device, ops, names, TOKENS, _DTYPES[suite], everything)
+
+
+def _of(suite, device, ops, models, tokens, dtypes, names) -> Iterator[Case]:
+    for dtype in dtypes:
+        for count in tokens:
+            for projection in projections(names):
+                if not set(models) & set(projection.models):
+                    continue
+                given = projection.models, projection.name, count, projection.rows
+                given = *given, projection.columns, dtype, device
+                if "linear_absmax" in ops:
+                    yield linear_absmax.case(*given)
+                if projection.name != "down_proj":
+                    continue
+                if "tracked_mlp" in ops:
+                    yield mlp.case(*given)
+                if "glu_absmax" in ops:
+                    columns = projection.columns
+                    yield glu_absmax.case(
+                        projection.models, "down_proj input", count, columns, dtype, device
+                    )
+            if "column_absmax" in ops:
+                for found, name, columns in column_absmax.sizes():
+                    if set(models) & set(found):
+                        yield column_absmax.case(found, name, count, columns, dtype, device)
+
+
+def _dry(suite, device, ops) -> Iterator[Case]:
+    """Tiny sizes. Triton's interpreter multiplies no bfloat16, so float32 it is."""
+    options = {"interpreted": suite == "gpu" and device.type != "cuda", "dry": True}
+    for count in _DRY_TOKENS:
+        given = ("tiny",), "down_proj", count, 24, 48, "float32", device
+        if "linear_absmax" in ops:
+            yield linear_absmax.case(*given, **options)
+        if "tracked_mlp" in ops:
+            yield mlp.case(*given, **options)
+        if "glu_absmax" in ops:
+            yield glu_absmax.case(
+                ("tiny",), "down_proj input", count, 48, "float32", device, **options
+            )
+        if "column_absmax" in ops:
+            yield column_absmax.case(
+                ("tiny",), "down_proj input", count, 48, "float32", device, **options
+            )
