@@ -14,6 +14,7 @@ const char* swk_status_text(int status) {
     case SWK_BAD_ISA: return "this CPU or this build lacks the instruction set";
     case SWK_OUT_OF_MEMORY: return "out of memory";
     case SWK_CUDA_ERROR: return "CUDA error";
+    case SWK_BAD_INDEX: return "a row or a column lies outside the matrix";
     default: return "unknown status";
   }
 }

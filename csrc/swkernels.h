@@ -31,7 +31,7 @@
 #endif
 
 // Changes whenever a signature or a meaning below changes; Python refuses another number.
-#define SWK_INTERFACE_VERSION 1
+#define SWK_INTERFACE_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -45,7 +45,8 @@ enum swk_status {
   SWK_BAD_TOKEN = 4,      // a token outside [0, 2^32 - 2]
   SWK_BAD_ISA = 5,        // an instruction set that this CPU or this build lacks
   SWK_OUT_OF_MEMORY = 6,
-  SWK_CUDA_ERROR = 7      // see swk_cuda_last_error
+  SWK_CUDA_ERROR = 7,     // see swk_cuda_last_error
+  SWK_BAD_INDEX = 8       // a row or a column outside the matrix
 };
 
 enum swk_dtype { SWK_FLOAT32 = 0, SWK_BFLOAT16 = 1, SWK_FLOAT16 = 2 };
@@ -94,6 +95,36 @@ SWK_API int swk_cpu_glu_absmax(const void* gate, int64_t gate_stride, const void
                                int activation, int64_t T, int64_t C, int64_t* keys,
                                const int64_t* token_index, int64_t token_offset, int threads,
                                int isa);
+
+// values[i] = sum over t of dy[t, rows[i]] * x[t, cols[i]]: the gradient of a weight [D, H] at k
+// coordinates. float32 products, summed in float32 over at most 256 tokens (or T / 64) and in
+// double beyond, always in the same order. Infinities and NaN pass through.
+//   dy          [T, D] of `dy_dtype`;  x [T, H] of `x_dtype`
+//   rows, cols  [k], in any order; sorted by column, or by row, they use the cache best
+//   values      [k], out
+// Errors: SWK_BAD_DTYPE, SWK_BAD_SIZE, SWK_BAD_INDEX, SWK_BAD_ISA, SWK_OUT_OF_MEMORY.
+SWK_API int swk_cpu_sampled_grad(const void* dy, int dy_dtype, int64_t dy_stride, const void* x,
+                                 int x_dtype, int64_t x_stride, int64_t T, int64_t D, int64_t H,
+                                 const int32_t* rows, const int32_t* cols, int64_t k,
+                                 float* values, int threads, int isa);
+
+// y[t, rows[i]] += values[i] * x[t, cols[i]] for every i: the part that k deltas of a weight [D, H]
+// have in x W^T, in place. The entries of a run of equal rows are summed in float32 and rounded to
+// y's type once, so rows should be sorted.
+//   x  [T, H] of `x_dtype`;  y [T, D] of `y_dtype`, in and out; must not overlap x
+// Errors: as above.
+SWK_API int swk_cpu_sparse_linear(const void* x, int x_dtype, int64_t x_stride, void* y,
+                                  int y_dtype, int64_t y_stride, int64_t T, int64_t D, int64_t H,
+                                  const float* values, const int32_t* rows, const int32_t* cols,
+                                  int64_t k, int threads, int isa);
+
+// grad[rows[i], cols[i]] *= scale, in place; exactly zero for scale 0, whatever was there. A
+// coordinate should be listed once.
+//   grad  [D, H] of `dtype`, its rows `stride` elements apart
+// Errors: as above.
+SWK_API int swk_cpu_masked_grad(void* grad, int dtype, int64_t stride, int64_t D, int64_t H,
+                                const int32_t* rows, const int32_t* cols, int64_t k, float scale,
+                                int threads, int isa);
 
 // Merges the per-channel peaks of x into keys, on the current CUDA device.
 //   x, keys, token_index  device pointers; otherwise as swk_cpu_column_absmax. Rows that start on

@@ -20,7 +20,14 @@ import torch
 from swkernels.errors import BackendUnavailable
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-OPERATIONS = ("column_absmax", "linear_absmax", "glu_absmax")
+OPERATIONS = (
+    "column_absmax",
+    "linear_absmax",
+    "glu_absmax",
+    "sampled_grad",
+    "sparse_linear",
+    "masked_grad",
+)
 
 # Which backend serves a device first. `cuda` (CUDA C++) stands behind Triton until a record made
 # on a GPU shows where it is faster.
@@ -101,6 +108,9 @@ def _probe(op: str, device: str) -> tuple:
         "column_absmax": (x,),
         "linear_absmax": (x, torch.zeros(16, 16, device=device), None),
         "glu_absmax": (x, x, "silu"),
+        "sampled_grad": (x, x),
+        "sparse_linear": (x, x),
+        "masked_grad": (x,),
     }[op]
 
 

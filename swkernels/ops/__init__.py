@@ -3,15 +3,24 @@
 from .column_absmax import column_absmax
 from .glu_absmax import glu_absmax
 from .linear_absmax import linear_absmax
+from .masked_grad import masked_grad_
+from .pattern import SparsePattern
 from .peaks import INFINITY_KEY, Peaks, empty_keys, peaks, token_index
+from .sampled_grad import sampled_grad
+from .sparse_linear import pattern_linear, sparse_linear
 
 __all__ = [
     "INFINITY_KEY",
     "Peaks",
+    "SparsePattern",
     "column_absmax",
     "empty_keys",
     "glu_absmax",
     "linear_absmax",
+    "masked_grad_",
+    "pattern_linear",
     "peaks",
+    "sampled_grad",
+    "sparse_linear",
     "token_index",
 ]

@@ -21,6 +21,7 @@ ISAS = ("best", "scalar", "avx2", "avx512")  # in the order of enum swk_isa
 _OUT_OF_MEMORY = 6  # SWK_OUT_OF_MEMORY
 
 _pointer, _int, _int64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_float = ctypes.c_float
 _SIGNATURES = {
     "swk_cpu_isa": [_int],
     "swk_cpu_column_absmax": [
@@ -29,6 +30,17 @@ _SIGNATURES = {
     "swk_cpu_glu_absmax": [
         _pointer, _int64, _pointer, _int64, _pointer, _int64, _int, _int, _int64, _int64,
         _pointer, _pointer, _int64, _int, _int,
+    ],
+    "swk_cpu_sampled_grad": [
+        _pointer, _int, _int64, _pointer, _int, _int64, _int64, _int64, _int64, _pointer,
+        _pointer, _int64, _pointer, _int, _int,
+    ],
+    "swk_cpu_sparse_linear": [
+        _pointer, _int, _int64, _pointer, _int, _int64, _int64, _int64, _int64, _pointer,
+        _pointer, _pointer, _int64, _int, _int,
+    ],
+    "swk_cpu_masked_grad": [
+        _pointer, _int, _int64, _int64, _int64, _pointer, _pointer, _int64, _float, _int, _int,
     ],
 }  # fmt: skip
 
