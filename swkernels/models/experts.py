@@ -21,9 +21,11 @@ from torch.overrides import TorchFunctionMode
 
 from .projections import DownProjection
 
-# callback(projection, expert, x [n, columns], y [n, rows], tokens [n] or None)
+# callback(projection, expert, x [n, columns], y [n, rows], tokens [n] or None) -> None, or what
+# stands in y's place from here on
 Callback = Callable[
-    [DownProjection, "int | None", torch.Tensor, torch.Tensor, "torch.Tensor | None"], None
+    [DownProjection, "int | None", torch.Tensor, torch.Tensor, "torch.Tensor | None"],
+    "torch.Tensor | None",
 ]
 
 _GATHERS = {torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select}
@@ -55,15 +57,26 @@ class ExpertObserver(TorchFunctionMode):
         tokens: number of tokens that the module was given.
         callback: gets projection, expert (None where the expert is a module of its own), x, y
             (with the bias, before the router's weight), and the flat index of the token of each
-            row: int64, negative where a row is no token's; None if it cannot be known.
+            row: int64, negative where a row is no token's; None if it cannot be known. With
+            ``replace``, what it returns is written into y.
+        replace: call back as soon as a fused product is there, before its bias is added, so that
+            the model goes on with what the callback returns.
 
     Warns:
         RuntimeWarning: tokens went through the module, but no product with one of its fused
             weights was seen: its implementation is none that can be observed.
     """
 
-    def __init__(self, projections: list[DownProjection], tokens: int, callback: Callback):
+    def __init__(
+        self,
+        projections: list[DownProjection],
+        tokens: int,
+        callback: Callback,
+        *,
+        replace: bool = False,
+    ):
         super().__init__()
+        self._replace = replace
         self._fused = [p for p in projections if p.expert is None]
         self._modules = [p for p in projections if p.expert is not None]
         self._count = tokens
@@ -115,11 +128,14 @@ class ExpertObserver(TorchFunctionMode):
 
         return forward
 
-    def _call(self, projection, expert, x, y, tokens) -> None:
+    def _call(self, projection, expert, x, y, tokens, piece=...) -> None:
+        """Call back for the rows ``piece`` of x and y."""
         self._seen.add(projection)
         self._reading = True  # what the callback computes is none of the model's products
         try:
-            self._callback(projection, expert, x, y, tokens)
+            changed = self._callback(projection, expert, x[piece], y[piece], tokens)
+            if self._replace and changed is not None:
+                y[piece] = changed
         finally:
             self._reading = False
 
@@ -238,7 +254,8 @@ class ExpertObserver(TorchFunctionMode):
 
     def _hold(self, projection, pieces, x, y, bias_inside: bool = False) -> None:
         self._held = _Call(projection, pieces, x, y, self._tokens_of(x))
-        if bias_inside or not hasattr(projection.module, f"{projection.parameter}_bias"):
+        bias_to_come = hasattr(projection.module, f"{projection.parameter}_bias")
+        if self._replace or bias_inside or not bias_to_come:
             self._release()
 
     def _tokens_of(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -264,7 +281,7 @@ class ExpertObserver(TorchFunctionMode):
         for expert, piece in call.pieces:
             tokens = None if call.tokens is None else call.tokens[piece]
             if len(x[piece]):
-                self._call(call.projection, expert, x[piece], y[piece], tokens)
+                self._call(call.projection, expert, x, y, tokens, piece)
 
 
 @contextmanager

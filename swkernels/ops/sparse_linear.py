@@ -81,7 +81,7 @@ def pattern_linear(
     if not len(pattern):
         return base_out if inplace else base_out.clone()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, base_out, values)):
-        return _SparseLinear.apply(x, base_out, values, pattern, inplace, backend)
+        return _SparseLinear.apply(base_out, x, values, pattern, inplace, backend)
     y = base_out if inplace else base_out.clone()
     return _add(x, y, values, pattern, backend)
 
@@ -146,13 +146,15 @@ def _d_x(dy, values, pattern, backend) -> torch.Tensor:
 
 
 class _SparseLinear(torch.autograd.Function):
+    # base_out comes first: where it is a view, autograd takes the first argument for the one
+    # that is changed in place.
     @staticmethod
-    def forward(ctx, x, base_out, values, pattern, inplace, backend):
+    def forward(ctx, base_out, x, values, pattern, inplace, backend):
         ctx.pattern, ctx.backend, ctx.x_dtype = pattern, backend, x.dtype
         saved = ctx.column_of = None
         if ctx.needs_input_grad[2]:
             saved, ctx.column_of = _saved_columns(x, pattern)
-        ctx.save_for_backward(saved, values if ctx.needs_input_grad[0] else None)
+        ctx.save_for_backward(saved, values if ctx.needs_input_grad[1] else None)
         ctx.values_dtype = values.dtype
         if inplace:
             ctx.mark_dirty(base_out)
@@ -162,13 +164,13 @@ class _SparseLinear(torch.autograd.Function):
     def backward(ctx, dy):
         saved, values = ctx.saved_tensors
         d_x = d_values = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             d_x = _d_x(dy, values, ctx.pattern, ctx.backend).to(ctx.x_dtype)
         if ctx.needs_input_grad[2]:
             rows = ctx.pattern.rows
             d_values = sampled_grad(dy, saved, rows, ctx.column_of, backend=ctx.backend)
             d_values = d_values.to(ctx.values_dtype)
-        return d_x, dy if ctx.needs_input_grad[1] else None, d_values, None, None, None
+        return dy if ctx.needs_input_grad[0] else None, d_x, d_values, None, None, None
 
 
 def _compute(x, base_out, values, *rest):

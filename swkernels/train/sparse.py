@@ -1,0 +1,219 @@
+"""Train exactly k weights of a model: plain PyTorch, any trainer, any optimizer."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from swkernels.errors import InvalidInput
+from swkernels.nn import SparseDelta
+
+from .coordinates import Coordinates, Site
+from .fingerprint import fingerprint
+from .sites import Target, find_targets
+
+_FORMAT = "swkernels.sparse/1"
+
+
+def sparse(model: nn.Module, coordinates: Coordinates, *, name: str = "default") -> SparseHandle:
+    """Freeze ``model`` and make only ``coordinates`` of its weights trainable.
+
+    Beside each weight that is named lies a float32 vector of deltas, zero at first; the layer's
+    output gets their contribution, and their gradient is computed at the coordinates only: no
+    tensor of the weight's size is formed. ``model.parameters()`` then has k trainable values, and
+    everything that trains a model works on it unchanged.
+
+    Args:
+        model: any model. The layers may be quantized (bitsandbytes), sharded or compiled.
+        coordinates: which weights; see ``swkernels.train.Coordinates``.
+        name: of this adapter. A model can carry several; all that are active contribute.
+
+    Returns:
+        A handle: the values, merge, disable, save, load, remove.
+
+    Raises:
+        InvalidInput: a module or expert that is not there, another shape, a name that is taken;
+            the model is as it was.
+    """
+    targets = find_targets(model, coordinates)
+    for target in targets.values():
+        delta = target.delta
+        if delta is not None and name in delta.values:
+            raise InvalidInput(f"the model has an adapter {name!r} already: choose another name")
+    frozen = [p for p in model.parameters() if p.requires_grad and not _is_value(model, p)]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    for site, target in targets.items():
+        target.adapt().add_adapter(name, coordinates.weights[site])
+    if getattr(model, "is_gradient_checkpointing", False):
+        model.enable_input_require_grads()  # a reentrant checkpoint needs an input with gradient
+    return SparseHandle(model, coordinates, name, targets, frozen)
+
+
+class SparseHandle:
+    """What ``sparse`` returns: the trainable values and what can be done with them.
+
+    Attributes:
+        coordinates: those that are trained.
+        name: of the adapter.
+    """
+
+    def __init__(self, model, coordinates, name, targets: dict[Site, Target], frozen):
+        self.coordinates = coordinates
+        self.name = name
+        self._model = model
+        self._targets = targets
+        self._frozen = frozen
+        self._merged: dict[Site, torch.Tensor] = {}  # the weights as they were, [k]
+
+    def values(self) -> dict[Site, nn.Parameter]:
+        """The deltas of each weight, float32 [k], in the order of ``coordinates.weights``."""
+        return {site: target.delta.values[self.name] for site, target in self._targets.items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable values, for an optimizer."""
+        return list(self.values().values())
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """Inside the ``with`` block the model computes without this adapter."""
+        deltas = [target.delta for target in self._targets.values()]
+        before = [list(delta.active) for delta in deltas]
+        for delta in deltas:
+            delta.active = [name for name in delta.active if name != self.name]
+        try:
+            yield
+        finally:
+            for delta, active in zip(deltas, before):
+                delta.active = active
+
+    def merge(self) -> None:
+        """Write weight + delta into the weights themselves; the layers then cost nothing extra.
+
+        Raises:
+            InvalidInput: merged already, or a weight that is packed, sharded or on the meta
+                device and cannot be written; nothing has been changed.
+        """
+        if self._merged:
+            raise InvalidInput("the adapter is merged already: call unmerge() first")
+        matrices = {site: target.matrix() for site, target in self._targets.items()}
+        for site, matrix in matrices.items():
+            delta = self._targets[site].delta
+            rows, cols = delta.coordinates(self.name).to(matrix.device).long().unbind(1)
+            before = matrix.detach()[rows, cols]
+            with torch.no_grad():
+                changed = before.float() + delta.values[self.name].to(matrix.device)
+                matrix[rows, cols] = changed.to(matrix.dtype)
+            self._merged[site] = before
+            delta.active = [name for name in delta.active if name != self.name]
+
+    def unmerge(self) -> None:
+        """Put the weights back exactly as they were before ``merge``."""
+        if not self._merged:
+            raise InvalidInput("the adapter is not merged: there is nothing to undo")
+        for site, before in self._merged.items():
+            target = self._targets[site]
+            delta, matrix = target.delta, target.matrix()
+            rows, cols = delta.coordinates(self.name).to(matrix.device).long().unbind(1)
+            with torch.no_grad():
+                matrix[rows, cols] = before.to(matrix.device)
+            delta.active.append(self.name)
+        self._merged.clear()
+
+    def remove(self) -> None:
+        """Take the adapter off the model; a merged one stays in the weights.
+
+        What ``sparse`` froze requires gradients again.
+        """
+        for target in self._targets.values():
+            target.release(self.name)
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._targets = {}
+
+    def save(self, path: str | Path) -> None:
+        """Write coordinates, values and a fingerprint of the base to a safetensors file.
+
+        The file is written aside and renamed.
+        """
+        from safetensors.torch import save_file
+
+        tensors, metadata = {}, {"format": _FORMAT}
+        for number, (site, values) in enumerate(self.values().items()):
+            target = self._targets[site]
+            tensors[f"{number}.values"] = _whole(values.detach()).float().cpu().contiguous()
+            tensors[f"{number}.coordinates"] = self.coordinates.weights[site].cpu().contiguous()
+            expert = "" if site.expert is None else str(site.expert)
+            shape = "x".join(map(str, self.coordinates.shapes[site]))
+            base = fingerprint(target, tensors[f"{number}.coordinates"], self._merged.get(site))
+            metadata[str(number)] = "\n".join([site.name, expert, shape, base or ""])
+        path = Path(path)
+        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(descriptor)
+        try:
+            save_file(tensors, aside, metadata)
+            os.replace(aside, path)
+        except BaseException:
+            os.unlink(aside)
+            raise
+
+    def load(self, path: str | Path) -> None:
+        """Take the values from a file that ``save`` wrote for the same coordinates and base.
+
+        Raises:
+            InvalidInput: another format, other coordinates or another base; nothing has changed.
+        """
+        from safetensors import safe_open
+
+        loaded = {}
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise InvalidInput(f"{path} is no file of {_FORMAT}, but {metadata.get('format')}")
+            for number in range(len(metadata) - 1):
+                name, expert, shape, base = metadata[str(number)].split("\n")
+                site = Site(name, int(expert) if expert else None)
+                self._check_site(path, site, shape, base, file.get_tensor(f"{number}.coordinates"))
+                loaded[site] = file.get_tensor(f"{number}.values")
+        missing = self._targets.keys() - loaded.keys()
+        if missing:
+            raise InvalidInput(f"{path} has no values for {', '.join(s.name for s in missing)}")
+        with torch.no_grad():
+            for site, parameter in self.values().items():
+                parameter.copy_(loaded[site])
+
+    def _check_site(self, path, site, shape, base, coordinates) -> None:
+        target = self._targets.get(site)
+        if target is None:
+            raise InvalidInput(f"{path} is for {site.name}, which this adapter does not train")
+        here = "x".join(map(str, self.coordinates.shapes[site]))
+        if shape != here:
+            raise InvalidInput(f"{path}: {site.name} is {shape} there and {here} in this model")
+        if not torch.equal(coordinates, self.coordinates.weights[site].cpu()):
+            raise InvalidInput(f"{path} has other coordinates of {site.name} than this adapter")
+        now = fingerprint(target, coordinates, self._merged.get(site))
+        if base and now and base != now:
+            raise InvalidInput(
+                f"{path} was trained on another base: the weights of {site.name} at its "
+                "coordinates differ; load the model that it was trained on"
+            )
+
+
+def _is_value(model: nn.Module, parameter: nn.Parameter) -> bool:
+    return any(
+        parameter is value
+        for module in model.modules()
+        if isinstance(module, SparseDelta)
+        for value in module.values.values()
+    )
+
+
+def _whole(values: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor (FSDP2) gathered; any other as it is."""
+    return values.full_tensor() if hasattr(values, "full_tensor") else values
