@@ -65,6 +65,18 @@ def linear_absmax(tokens: int, rows: int, columns: int, dtype: str) -> tuple[Wor
     return (Work(2 * tokens * rows * columns, read, tokens * rows * item + keys),)
 
 
+def sampled_grad(tokens: int, rows: int, columns: int, k: int, dtype: str) -> tuple[Work, ...]:
+    """Read the columns of dy [T, D] and x [T, H] that k coordinates can name, write k sums."""
+    named = min(k, rows) + min(k, columns)
+    return (Work(0, tokens * named * ITEM[dtype] + k * 8, k * 4, "read"),)
+
+
+def sparse_linear(tokens: int, rows: int, columns: int, k: int, dtype: str) -> tuple[Work, ...]:
+    """Read the named columns of x [T, H], read and write those of y [T, D]."""
+    read = tokens * (min(k, columns) + min(k, rows)) * ITEM[dtype] + k * 12
+    return (Work(0, read, tokens * min(k, rows) * ITEM[dtype]),)
+
+
 def swiglu_mlp(tokens: int, rows: int, columns: int, dtype: str) -> tuple[Work, ...]:
     """gate and up projections [H, D], the gated product, the down projection [D, H], one by one."""
     up = linear_absmax(tokens, columns, rows, dtype)

@@ -8,11 +8,26 @@ import torch
 
 from benchmarks.case import Case
 from benchmarks.models import mlp
-from benchmarks.ops import column_absmax, glu_absmax, linear_absmax
+from benchmarks.ops import (
+    column_absmax,
+    glu_absmax,
+    linear_absmax,
+    sampled_grad,
+    sparse_linear,
+)
 from benchmarks.shapes import MODELS, TOKENS, projections
 from swkernels.errors import InvalidInput
 
-OPERATIONS = ("column_absmax", "linear_absmax", "glu_absmax", "tracked_mlp", "tracked_model")
+OPERATIONS = (
+    "column_absmax",
+    "linear_absmax",
+    "glu_absmax",
+    "sampled_grad",
+    "sparse_linear",
+    "tracked_mlp",
+    "tracked_model",
+    "sparse_training",
+)
 SUITES = ("cpu", "gpu", "models")
 
 _QUICK_MODELS = ("Llama-3-8B", "Llama-3-70B", "SmolLM2-135M")
@@ -48,6 +63,10 @@ def cases(
 
             for dtype in ("float32", "bfloat16"):
                 yield tracking.case(dtype, device)
+        if "sparse_training" in ops:
+            from benchmarks.models import sparse_training
+
+            yield sparse_training.case(device)
         return
     if dry:
         yield from _dry(suite, device, ops)
@@ -67,6 +86,7 @@ def _sized(suite, device, ops, quick) -> Iterator[Case]:
     if suite == "cpu" and "column_absmax" in ops:  # the shape that the target names
         for dtype in ("float32", "bfloat16"):
             yield column_absmax.case(("OLMo-1B",), "down_proj output", 8192, 2048, dtype, device)
+    yield from _at_coordinates(suite, device, ops)
     others = _DTYPES[suite][1:2]
     yield from _of(suite, device, ops, _QUICK_MODELS, tokens[:2], others, ("down_proj",))
     if quick:
@@ -101,6 +121,23 @@ def _of(suite, device, ops, models, tokens, dtypes, names) -> Iterator[Case]:
                         yield column_absmax.case(found, name, count, columns, dtype, device)
 
 
+# (models, rows, columns, tokens): the shape that the target names, and a large one.
+_SPARSE_SHAPES = {
+    "cpu": [(("OLMo-1B",), 2048, 8192, 1024)],
+    "gpu": [(("Llama-3-8B",), 4096, 14336, 8192), (("OLMo-1B",), 2048, 8192, 1024)],
+}
+
+
+def _at_coordinates(suite, device, ops) -> Iterator[Case]:
+    for name, module in (("sampled_grad", sampled_grad), ("sparse_linear", sparse_linear)):
+        if name not in ops:
+            continue
+        for models, rows, columns, tokens in _SPARSE_SHAPES[suite]:
+            for dtype in _DTYPES[suite][:2]:
+                for k in sampled_grad.COUNTS:
+                    yield module.case(models, "down_proj", tokens, rows, columns, k, dtype, device)
+
+
 def _dry(suite, device, ops) -> Iterator[Case]:
     """Tiny sizes. Triton's interpreter multiplies no bfloat16, so float32 it is."""
     options = {"interpreted": suite == "gpu" and device.type != "cuda", "dry": True}
@@ -108,6 +145,10 @@ def _dry(suite, device, ops) -> Iterator[Case]:
         given = ("tiny",), "down_proj", count, 24, 48, "float32", device
         if "linear_absmax" in ops:
             yield linear_absmax.case(*given, **options)
+        if "sampled_grad" in ops:
+            yield sampled_grad.case(*given[:5], 18, *given[5:], **options)
+        if "sparse_linear" in ops:
+            yield sparse_linear.case(*given[:5], 18, *given[5:], **options)
         if "tracked_mlp" in ops:
             yield mlp.case(*given, **options)
         if "glu_absmax" in ops:

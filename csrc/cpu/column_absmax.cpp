@@ -27,6 +27,15 @@ template <class Type>
 void column_absmax(const void* x, int64_t C, int64_t stride, int64_t* keys, const RowOrder& order,
                    int threads, int isa) {
   constexpr int64_t kGrain = (256 << 10) / sizeof(typename Type::Bits);
+  if (order.counted() < kRowsPerStep) {  // the state of find_peaks would cost more than the rows
+    const auto merge = SWK_FOR_ISA(isa, merge_row<Type>);
+    for (int64_t p = 0; p < order.counted(); ++p) {
+      const int64_t row = order.rows() ? order.rows()[p] : p;
+      const auto* const from = static_cast<const typename Type::Bits*>(x) + row * stride;
+      merge(from, 0xFFFFFFFF - static_cast<uint64_t>(order.token(p)), keys, C);
+    }
+    return;
+  }
   const auto kernel = SWK_FOR_ISA(isa, scan_rows<Type>);
   const auto* const values = static_cast<const typename Type::Bits*>(x);
   find_peaks<Type>(
@@ -63,6 +72,18 @@ int swk_cpu_column_absmax(const void* x, int dtype, int64_t T, int64_t C, int64_
 }
 
 #else  // once per instruction set
+
+// keys[c] = max(keys[c], key of x[c]) for one row, `low` the low half of its keys.
+template <class Type>
+SWK_FN void merge_row(const typename Type::Bits* SWK_RESTRICT x, uint64_t low,
+                      int64_t* SWK_RESTRICT keys, int64_t width) {
+  for (int64_t c = 0; c < width; ++c) {
+    uint32_t magnitude = bits_of(to_float<Type>(x[c])) & 0x7FFFFFFF;
+    magnitude = magnitude > kInfinityBits ? kNanBits : magnitude;
+    const int64_t key = static_cast<int64_t>(static_cast<uint64_t>(magnitude) << 32 | low);
+    keys[c] = key > keys[c] ? key : keys[c];
+  }
+}
 
 // Takes the rows [begin, end) of `rows` (of the matrix itself where null) into the state.
 template <class Type>

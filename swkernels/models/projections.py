@@ -114,6 +114,14 @@ class DownProjection:
                 f"{self.name} is packed ({stored}): expected a floating-point weight of "
                 f"{self._elements} elements; load the model unquantized"
             )
+        return self.view(weight, expert)
+
+    def view(self, weight: torch.Tensor, expert: int | None = None) -> torch.Tensor:
+        """Return a tensor of the weight's shape, such as its gradient, as a view [rows, columns].
+
+        Raises:
+            InvalidInput: the expert is none of its experts.
+        """
         if self.experts is None:
             return weight.T if self.layout == "io" else weight
         if expert is None or not 0 <= expert < self.experts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from swkernels import backends
@@ -9,7 +11,7 @@ from swkernels.errors import InvalidInput
 
 from ._arguments import check_activation
 from ._library import library
-from .pattern import check_indices
+from .pattern import check_indices, check_inside
 
 library.define(
     "masked_grad_(Tensor(a!) grad, Tensor rows, Tensor cols, float scale, str? backend) -> ()"
@@ -39,7 +41,8 @@ def masked_grad_(
         ``grad``.
 
     Raises:
-        InvalidInput: a wrong shape or dtype, or a coordinate outside; nothing has been changed.
+        InvalidInput: a wrong shape, dtype or scale, or a coordinate outside; nothing has been
+            changed.
         BackendUnavailable: the backend asked for is not there or does not take the gradient.
     """
     _check(grad, rows, cols)
@@ -61,6 +64,12 @@ def _check(grad, rows, cols) -> None:
 
 
 def _compute(grad, rows, cols, scale, backend):
+    if not math.isfinite(scale):
+        raise InvalidInput(f"scale must be a finite number, got {scale}")
+    if grad.device.type == "cpu":  # before int32 wraps a large index; on a GPU it would wait
+        check_inside(rows, cols, *grad.shape)
+    if not grad.is_inference():
+        torch.autograd.graph.increment_version(grad)  # kernels write past PyTorch's sight
     grad = grad.detach()
     if grad.stride(0) == 1 and grad.stride(1) != 1:  # transposed, as Conv1D keeps its weight
         grad, rows, cols = grad.T, cols, rows

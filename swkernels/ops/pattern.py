@@ -52,12 +52,8 @@ class SparsePattern:
         """
         check_indices(rows, cols)
         D, H = shape
-        wide_rows, wide_cols = rows.to(torch.int64), cols.to(torch.int64)
-        outside = (wide_rows < 0) | (wide_rows >= D) | (wide_cols < 0) | (wide_cols >= H)
-        if outside.any():
-            row, col = (int(index[outside][0]) for index in (wide_rows, wide_cols))
-            raise InvalidInput(f"coordinate [{row}, {col}] lies outside the weight [{D}, {H}]")
-        flat, order = (wide_rows * H + wide_cols).sort()
+        check_inside(rows, cols, D, H)
+        flat, order = (rows.to(torch.int64) * H + cols).sort()
         twice = flat[1:][flat[1:] == flat[:-1]]
         if len(twice):
             row, col = divmod(int(twice[0]), H)
@@ -107,6 +103,14 @@ def check_indices(rows: torch.Tensor, cols: torch.Tensor) -> None:
             f"rows and cols must belong together, got {list(rows.shape)} on {rows.device} and "
             f"{list(cols.shape)} on {cols.device}"
         )
+
+
+def check_inside(rows: torch.Tensor, cols: torch.Tensor, D: int, H: int) -> None:
+    """Raise InvalidInput unless all coordinates lie in the weight [D, H]; waits for a GPU."""
+    outside = (rows < 0) | (rows >= D) | (cols < 0) | (cols >= H)
+    if outside.any():
+        row, col = (int(index[outside][0]) for index in (rows, cols))
+        raise InvalidInput(f"coordinate [{row}, {col}] lies outside the weight [{D}, {H}]")
 
 
 def _starts(counts: torch.Tensor) -> torch.Tensor:

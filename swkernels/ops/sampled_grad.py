@@ -9,7 +9,7 @@ from swkernels.errors import InvalidInput
 
 from ._arguments import as_rows, check_activation
 from ._library import library
-from .pattern import check_indices
+from .pattern import check_indices, check_inside
 
 library.define(
     "sampled_grad(Tensor dy, Tensor x, Tensor rows, Tensor cols, str? backend) -> Tensor"
@@ -66,6 +66,8 @@ def _check(dy, x, rows, cols) -> None:
 
 
 def _compute(dy, x, rows, cols, backend):
+    if x.device.type == "cpu":  # before int32 wraps a large index; on a GPU it would wait
+        check_inside(rows, cols, dy.shape[-1], x.shape[-1])
     dy, x = as_rows(dy.detach()), as_rows(x.detach())
     kernel = backends.select("sampled_grad", dy, x, backend=backend)
     return kernel(dy, x, rows.int().contiguous(), cols.int().contiguous())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from swkernels import backends
 from swkernels.errors import InvalidInput
 
 from ._arguments import as_rows, check_activation
 from ._library import library
-from .pattern import SparsePattern
+from .pattern import SparsePattern, check_indices
 from .sampled_grad import sampled_grad
 
 # The tensors of a SparsePattern, in the order of its fields.
@@ -57,10 +58,10 @@ def sparse_linear(
     """
     check_activation("x", x)
     check_activation("base_out", base_out)
-    shape = base_out.shape[-1], x.shape[-1]
-    pattern, order = SparsePattern.sort(rows, cols, shape)
-    if values.shape != rows.shape:
-        raise InvalidInput(f"values must be {list(rows.shape)}, got {list(values.shape)}")
+    check_indices(rows, cols)
+    _check_values(values, rows)
+    _check_devices(x, base_out, values, rows)
+    pattern, order = SparsePattern.sort(rows, cols, (base_out.shape[-1], x.shape[-1]))
     return pattern_linear(x, base_out, values[order], pattern, inplace=inplace, backend=backend)
 
 
@@ -81,9 +82,17 @@ def pattern_linear(
     if not len(pattern):
         return base_out if inplace else base_out.clone()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, base_out, values)):
+        if inplace and base_out.requires_grad and base_out.is_leaf:
+            raise InvalidInput(
+                "base_out is a leaf that requires grad and cannot be changed in place: pass "
+                "inplace=False"
+            )
         return _SparseLinear.apply(base_out, x, values, pattern, inplace, backend)
-    y = base_out if inplace else base_out.clone()
-    return _add(x, y, values, pattern, backend)
+    if not inplace:
+        base_out = base_out.clone()
+    elif not base_out.is_inference():
+        torch.autograd.graph.increment_version(base_out)  # kernels write past PyTorch's sight
+    return _add(x, base_out, values, pattern, backend)
 
 
 def _tensors(pattern: SparsePattern) -> tuple[torch.Tensor, ...]:
@@ -102,12 +111,22 @@ def _check(x, base_out, values, pattern) -> None:
             f"x must be [..., {H}] and base_out [..., {D}] with the same tokens, got "
             f"{list(x.shape)} and {list(base_out.shape)}"
         )
-    if values.shape != pattern.rows.shape or not values.is_floating_point():
+    _check_values(values, pattern.rows)
+    _check_devices(x, base_out, values, pattern.rows)
+
+
+def _check_values(values, rows) -> None:
+    if not isinstance(values, torch.Tensor):
+        raise InvalidInput(f"values must be a tensor, got {type(values).__name__}")
+    if values.shape != rows.shape or not values.is_floating_point():
         raise InvalidInput(
-            f"values must be floating-point {list(pattern.rows.shape)}, got {values.dtype} "
+            f"values must be floating-point {list(rows.shape)}, got {values.dtype} "
             f"{list(values.shape)}"
         )
-    for name, tensor in (("base_out", base_out), ("values", values), ("pattern", pattern.rows)):
+
+
+def _check_devices(x, base_out, values, rows) -> None:
+    for name, tensor in (("base_out", base_out), ("values", values), ("rows", rows)):
         if tensor.device != x.device:
             raise InvalidInput(f"{name} is on {tensor.device}, x on {x.device}: move it")
 
@@ -116,8 +135,9 @@ def _add(x, y, values, pattern, backend) -> torch.Tensor:
     """Add the contribution to y in place; y as the caller sees it."""
     rows, y_rows = as_rows(x.detach()), as_rows(y.detach())
     wide = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+    values = values.detach().to(wide).contiguous()
     kernel = backends.select("sparse_linear", rows, y_rows, backend=backend)
-    kernel(rows, y_rows, values.detach().to(wide), pattern.rows, pattern.cols, pattern.row_starts)
+    kernel(rows, y_rows, values, pattern.rows, pattern.cols, pattern.row_starts)
     if y_rows.data_ptr() != y.data_ptr():  # y's rows could not be viewed as [T, D]
         y.detach().copy_(y_rows.view(y.shape))
     return y
@@ -134,9 +154,9 @@ def _saved_columns(x: torch.Tensor, pattern: SparsePattern) -> tuple[torch.Tenso
     return x.index_select(-1, pattern.columns), pattern.column_of
 
 
-def _d_x(dy, values, pattern, backend) -> torch.Tensor:
-    """dy S, [..., H] in dy's dtype: the entries by column, rows and columns exchanged."""
-    dx = dy.new_zeros(*dy.shape[:-1], pattern.shape[1])
+def _d_x(dy, values, pattern, dtype, backend) -> torch.Tensor:
+    """dy S, [..., H] in x's dtype: the entries by column, rows and columns exchanged."""
+    dx = dy.new_zeros(*dy.shape[:-1], pattern.shape[1], dtype=dtype)
     by_column = pattern.by_column
     flipped = SparsePattern(
         pattern.shape[::-1], pattern.cols[by_column], pattern.rows[by_column],
@@ -161,11 +181,12 @@ class _SparseLinear(torch.autograd.Function):
         return _add(x, base_out if inplace else base_out.clone(), values, pattern, backend)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         saved, values = ctx.saved_tensors
         d_x = d_values = None
         if ctx.needs_input_grad[1]:
-            d_x = _d_x(dy, values, ctx.pattern, ctx.backend).to(ctx.x_dtype)
+            d_x = _d_x(dy, values, ctx.pattern, ctx.x_dtype, ctx.backend)
         if ctx.needs_input_grad[2]:
             rows = ctx.pattern.rows
             d_values = sampled_grad(dy, saved, rows, ctx.column_of, backend=ctx.backend)
@@ -198,11 +219,11 @@ def _backward(ctx, dy):
     d_x = d_values = None
     if ctx.needs_input_grad[0]:
         unused = [by_column] * 4
-        zeros = dy.new_zeros(*dy.shape[:-1], ctx.width)
+        zeros = dy.new_zeros(*dy.shape[:-1], ctx.width, dtype=ctx.x_dtype)
         d_x = torch.ops.swkernels.sparse_linear(
             dy, zeros, values[by_column], cols[by_column], rows[by_column], column_starts,
             *unused, ctx.backend,
-        ).to(ctx.x_dtype)  # fmt: skip
+        )  # fmt: skip
     if ctx.needs_input_grad[2]:
         sampled = torch.ops.swkernels.sampled_grad(dy, saved, rows, column_of, ctx.backend)
         d_values = sampled.to(values.dtype)

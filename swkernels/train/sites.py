@@ -101,7 +101,27 @@ class Target:
                 f"({type(weight).__name__} {weight.dtype} {list(weight.shape)}): expected a plain "
                 "weight to write to"
             )
-        return weight.T if _is_conv1d(base) else weight
+        return self.as_matrix(weight)
+
+    def check_for_lora(self) -> None:
+        """Raise InvalidInput where a LoRA file has no form for this weight."""
+        transposed = _is_conv1d(base_of(self.module)[0])
+        if self._fused or transposed:
+            kind = "transposed (Conv1D)" if transposed else "fused with other experts"
+            raise InvalidInput(f"{self.site} is {kind}: export a checkpoint instead of a LoRA")
+
+    def as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the parameter's shape, such as its gradient, as a view [D, H]."""
+        if self.projection is not None:
+            return self.projection.view(tensor, self.site.expert if self._fused else None)
+        return tensor.T if _is_conv1d(base_of(self.module)[0]) else tensor
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that holds the weight."""
+        return (
+            base_of(self.module)[0].weight if self.projection is None else self.projection.weight
+        )
 
 
 class _Contribution:

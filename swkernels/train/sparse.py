@@ -15,6 +15,7 @@ from swkernels.errors import InvalidInput
 from swkernels.nn import SparseDelta
 
 from .coordinates import Coordinates, Site
+from .experts import CHILD
 from .fingerprint import fingerprint
 from .sites import Target, find_targets
 
@@ -60,6 +61,7 @@ class SparseHandle:
     """What ``sparse`` returns: the trainable values and what can be done with them.
 
     Attributes:
+        model: the adapted model.
         coordinates: those that are trained.
         name: of the adapter.
     """
@@ -67,7 +69,7 @@ class SparseHandle:
     def __init__(self, model, coordinates, name, targets: dict[Site, Target], frozen):
         self.coordinates = coordinates
         self.name = name
-        self._model = model
+        self.model = model
         self._targets = targets
         self._frozen = frozen
         self._merged: dict[Site, torch.Tensor] = {}  # the weights as they were, [k]
@@ -79,6 +81,19 @@ class SparseHandle:
     def parameters(self) -> list[nn.Parameter]:
         """The trainable values, for an optimizer."""
         return list(self.values().values())
+
+    def target(self, site: Site) -> Target:
+        """The weight of a site, as ``sparse`` found it."""
+        return self._targets[site]
+
+    def owns(self, name: str) -> bool:
+        """Whether a key of the model's state dict is a delta's, not the base's."""
+        return any(part.startswith(CHILD) for part in name.split("."))
+
+    @property
+    def merged(self) -> bool:
+        """Whether the deltas are in the weights now."""
+        return bool(self._merged)
 
     @contextmanager
     def disable(self) -> Iterator[None]:
@@ -147,7 +162,7 @@ class SparseHandle:
         tensors, metadata = {}, {"format": _FORMAT}
         for number, (site, values) in enumerate(self.values().items()):
             target = self._targets[site]
-            tensors[f"{number}.values"] = _whole(values.detach()).float().cpu().contiguous()
+            tensors[f"{number}.values"] = whole(values.detach()).float().cpu().contiguous()
             tensors[f"{number}.coordinates"] = self.coordinates.weights[site].cpu().contiguous()
             expert = "" if site.expert is None else str(site.expert)
             shape = "x".join(map(str, self.coordinates.shapes[site]))
@@ -214,6 +229,6 @@ def _is_value(model: nn.Module, parameter: nn.Parameter) -> bool:
     )
 
 
-def _whole(values: torch.Tensor) -> torch.Tensor:
+def whole(values: torch.Tensor) -> torch.Tensor:
     """A sharded tensor (FSDP2) gathered; any other as it is."""
     return values.full_tensor() if hasattr(values, "full_tensor") else values

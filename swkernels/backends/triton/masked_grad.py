@@ -19,7 +19,8 @@ def masked_grad_kernel(
     D,
     H,
     k,
-    stride,
+    stride_d,
+    stride_h,
     scale,
     BLOCK_K: tl.constexpr,
 ):
@@ -27,7 +28,7 @@ def masked_grad_kernel(
     row = tl.load(rows + places, mask=places < k, other=-1)
     col = tl.load(cols + places, mask=places < k, other=-1)
     inside = (row >= 0) & (row < D) & (col >= 0) & (col < H)
-    pointers = grad + row.to(tl.int64) * stride + col
+    pointers = grad + row.to(tl.int64) * stride_d + col.to(tl.int64) * stride_h
     value = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     scaled = tl.where(scale == 0.0, 0.0, value * scale)
     tl.store(pointers, scaled.to(grad.dtype.element_ty), mask=inside)
@@ -45,5 +46,5 @@ def masked_grad(grad: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, scal
         return
     with torch.cuda.device_of(grad):
         masked_grad_kernel[(triton.cdiv(k, _BLOCK_K),)](
-            grad, rows, cols, *grad.shape, k, grad.stride(0), scale, BLOCK_K=_BLOCK_K
+            grad, rows, cols, *grad.shape, k, *grad.stride(), scale, BLOCK_K=_BLOCK_K
         )

@@ -1,0 +1,277 @@
+"""Read single weights out of a model, a state dict or a checkpoint on disk, as matrices [D, H]."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from swkernels.errors import InvalidInput
+
+from .coordinates import Coordinates
+from .files import read_json
+from .sites import Target, find_targets
+from .weights import Site, nearest, readable
+
+_INDEX = "model.safetensors.index.json"
+# The last part of a down projection's name, where experts are stored under other names than in the
+# model (and beside gate and up projections, which may have the same shape transposed).
+_DOWN = re.compile(r"(^|[._])(down|w2|fc2|wo|output|out|contract)(_\w+)?(\.weight)?$")
+_ATTENTION = re.compile(r"attn|attention", re.I)
+
+Reader = Callable[[Site], torch.Tensor]
+
+
+def open_weights(
+    source: nn.Module | Mapping[str, torch.Tensor] | str | Path,
+    coordinates: Coordinates,
+    stack: ExitStack,
+) -> Reader:
+    """Find every weight of ``coordinates`` and return a function that reads one as [D, H].
+
+    Args:
+        source: a model, whose active sparse deltas count; a state dict; or a safetensors file, or
+            a folder of them, of which only the tensors that are read are touched.
+        stack: closes the files.
+
+    Raises:
+        InvalidInput: not there, of another shape, packed, or of a layout that cannot be told.
+    """
+    if isinstance(source, nn.Module):
+        targets = find_targets(source, coordinates)
+        for target in targets.values():
+            target.matrix()  # raises now rather than in the middle
+        return lambda site: _effective(targets[site])
+    tensors = _StateDict(source) if isinstance(source, Mapping) else _open(source, stack)
+    catalog = _Catalog(tensors)
+    stored = {site: catalog.find(site, shape) for site, shape in coordinates.shapes.items()}
+    return lambda site: stored[site].read(tensors)
+
+
+def _effective(target: Target) -> torch.Tensor:
+    """The weight that the model computes with: its own, plus sparse deltas that are not merged."""
+    matrix = target.matrix().detach()
+    deltas = list(target.delta.deltas()) if target.delta is not None else []
+    if deltas:
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
+    for pattern, values in deltas:
+        index = pattern.rows.long().to(matrix.device), pattern.cols.long().to(matrix.device)
+        matrix[index] += values.to(matrix)
+    return matrix
+
+
+class _StateDict:
+    """Named tensors in memory."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = tensors
+        self.label = "the state dict"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            key: tuple(value.shape)
+            for key, value in self._tensors.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    def dtype(self, key: str) -> torch.dtype | None:
+        """None where the tensor is wrapped or on the meta device, so its values cannot be read."""
+        tensor = self._tensors[key]
+        unreadable = tensor.is_meta or hasattr(tensor, "__tensor_flatten__")
+        return None if unreadable else tensor.dtype
+
+    def read(self, key: str, index=...) -> torch.Tensor:
+        return self._tensors[key].detach()[index]
+
+
+class _Files:
+    """Named tensors of safetensors files, memory-mapped."""
+
+    def __init__(self, label: str, handles: dict[str, object]):
+        self._handles = handles  # by the name of the tensor
+        self.label = label
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        slices = ((key, file.get_slice(key)) for key, file in self._handles.items())
+        return {key: tuple(part.get_shape()) for key, part in slices}
+
+    def dtype(self, key: str) -> torch.dtype | None:
+        return self._handles[key].get_slice(key)[:0].dtype
+
+    def read(self, key: str, index=...) -> torch.Tensor:
+        file = self._handles[key]
+        return file.get_tensor(key) if index is ... else file.get_slice(key)[index]
+
+
+def _open(source: object, stack: ExitStack) -> _Files:
+    from safetensors import SafetensorError, safe_open
+
+    if not isinstance(source, (str, Path)):
+        raise InvalidInput(
+            "expected a model, a state dict, or the path of a safetensors file or of a folder of "
+            f"them; got {type(source).__name__}"
+        )
+    path = Path(source).expanduser()
+    handles: dict[str, object] = {}
+    try:
+        for file in _files_of(path):
+            handle = stack.enter_context(safe_open(file, "pt"))
+            handles.update(dict.fromkeys(handle.keys(), handle))
+    except (OSError, SafetensorError) as error:
+        raise InvalidInput(f"cannot read the checkpoint {path}: {error}") from error
+    return _Files(str(path), handles)
+
+
+def _files_of(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    if (path / _INDEX).is_file():
+        index = read_json(path / _INDEX)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+            raise InvalidInput(f"{path / _INDEX} is damaged: expected a weight_map")
+        return [path / name for name in dict.fromkeys(names.values())]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InvalidInput(f"{path} holds no .safetensors file")
+    return files
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a matrix [D, H] is in a named tensor; layouts as in ``DownProjection``."""
+
+    key: str
+    layout: str
+    shape: tuple[int, int]
+    expert: int | None = None
+
+    def read(self, tensors: _StateDict | _Files) -> torch.Tensor:
+        H = self.shape[1]
+        if self.layout == "ei_o":
+            return tensors.read(self.key, slice(self.expert * H, (self.expert + 1) * H)).T
+        matrix = tensors.read(self.key, ... if self.expert is None else self.expert)
+        return matrix.T if self.layout.endswith("io") else matrix
+
+
+class _Catalog:
+    """The names and shapes of the tensors of a checkpoint."""
+
+    def __init__(self, tensors: _StateDict | _Files):
+        self._tensors = tensors
+        self._shapes = tensors.shapes()
+        self._in_block: dict[str, list[str]] = {}
+        for key in self._shapes:
+            self._in_block.setdefault(_block(key), []).append(key)
+
+    def find(self, site: Site, shape: tuple[int, int]) -> _Stored:
+        """Return where the weight of ``site`` is stored; see ``open_weights``."""
+        found = self._dense(site, shape) if site.expert is None else self._expert(site, shape)
+        dtype = self._tensors.dtype(found.key)
+        if dtype is None or not readable(dtype):
+            raise InvalidInput(
+                f"{found.key} of {self._tensors.label} is packed, sharded or on the meta device "
+                f"({dtype}): expected a plain floating-point weight"
+            )
+        return found
+
+    def _dense(self, site: Site, shape: tuple[int, int]) -> _Stored:
+        key = self._named(site.name)
+        D, H = shape
+        stored = self._shapes[key]
+        if stored not in ((D, H), (H, D)):
+            raise InvalidInput(
+                f"{key} of {self._tensors.label} is {list(stored)}, the coordinates are for "
+                f"{list(shape)}: give the checkpoint of the same model"
+            )
+        transposed = stored != shape if D != H else self._stores_transposed()
+        return _Stored(key, "io" if transposed else "oi", shape)
+
+    def _named(self, name: str) -> str:
+        for wanted in (f"{name}.weight", f"{name}.base_layer.weight"):
+            if wanted in self._shapes:
+                return wanted
+            # A checkpoint may lack the model's prefix ("model."), or have one that it lacks.
+            alike = [
+                key
+                for key in self._shapes
+                if key.endswith(f".{wanted}") or (wanted.endswith(f".{key}") and _block(key))
+            ]
+            if len(alike) == 1:
+                return alike[0]
+        known = [key.removesuffix(".weight") for key in self._shapes]
+        raise InvalidInput(f"{self._tensors.label} has no {name}.weight{nearest(name, known)}")
+
+    def _stores_transposed(self) -> bool:
+        """Whether linear layers are Conv1D (GPT-2), as the biases of those that are not square say.
+
+        A square weight itself does not tell.
+        """
+        for key, stored in self._shapes.items():
+            bias = self._shapes.get(f"{key.removesuffix('weight')}bias")
+            if key.endswith(".weight") and len(stored) == 2 and stored[0] != stored[1] and bias:
+                return bias == stored[1:]
+        return False
+
+    def _expert(self, site: Site, shape: tuple[int, int]) -> _Stored:
+        """In a fused tensor as in the model; or split, or renamed, as transformers saves it."""
+        name, expert = site
+        D, H = shape
+        block, inner = self._block_of(name)
+        keys = [key for key in self._in_block.get(block, []) if _DOWN.search(key)]
+        own = [key for key in keys if key.startswith(f"{block}{inner}.")]
+        others = [key for key in keys if not _ATTENTION.search(key)]
+        of_expert = re.compile(rf"experts?\.{expert}\.")
+        split = [k for k in others if of_expert.search(k) and self._shapes[k] == shape]
+        for candidates in (own, others):
+            fused = [key for key in candidates if self._fits(key, site, shape)]
+            if len(fused) == 1:
+                return self._fused(fused[0], site, shape)
+            if len(split) == 1:
+                return _Stored(split[0], "oi", shape)
+        raise InvalidInput(
+            f"{self._tensors.label} has no down projection [{D}, {H}] for {site}, neither fused "
+            f"nor split{nearest(name, keys)}; give the model instead"
+        )
+
+    def _block_of(self, name: str) -> tuple[str, str]:
+        """The block of ``name`` as it is called here, and what follows it in the name."""
+        block = _block(name)
+        inner = name.removeprefix(block)
+        if block in self._in_block:
+            return block, inner
+        alike = [
+            b for b in self._in_block if b and (b.endswith(f".{block}") or block.endswith(f".{b}"))
+        ]
+        return (alike[0] if len(alike) == 1 else block), inner
+
+    def _fits(self, key: str, site: Site, shape: tuple[int, int]) -> bool:
+        D, H = shape
+        stored = self._shapes[key]
+        if len(stored) == 3:
+            return stored[1:] in ((D, H), (H, D)) and site.expert < stored[0]
+        stacked = len(stored) == 2 and stored[1] == D and stored[0] % H == 0
+        return stacked and stored[0] > H * max(site.expert, 1)
+
+    def _fused(self, key: str, site: Site, shape: tuple[int, int]) -> _Stored:
+        D, H = shape
+        stored = self._shapes[key]
+        if len(stored) == 2:
+            return _Stored(key, "ei_o", shape, site.expert)
+        if D == H:
+            raise InvalidInput(
+                f"{key} of {self._tensors.label} is {list(stored)}: whether its experts are "
+                "transposed cannot be told from square ones; give the model instead"
+            )
+        return _Stored(key, "eoi" if stored[1:] == shape else "eio", shape, site.expert)
+
+
+def _block(name: str) -> str:
+    """A name up to its first number: the block that it lies in."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found[0] if found else ""
