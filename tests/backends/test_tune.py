@@ -180,6 +180,15 @@ def test_right_candidates_pass(op):
             assert trial.wrong(candidate) is None
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 64, 65, 1000, 4096, 16384, 20011])
+def test_every_tile_of_64_rows_is_checked(tokens):
+    trial = SimpleNamespace(task=SimpleNamespace(tokens=tokens), _device=CPU)
+    rows = trials.Trial._rows.func(trial)
+    assert rows[0] == 0 and rows[-1] == tokens - 1
+    assert tokens < 2 or 1 <= rows.diff().min() and rows.diff().max() <= 64
+    assert len(rows) >= min(tokens, 64)
+
+
 def plant(monkeypatch, op, error):
     """Replace the operation by one that `error` spoils in the last of its candidates."""
     bad = tune._tried(LINEAR if op == "linear_absmax" else ROWS[op], CPU)[-1]

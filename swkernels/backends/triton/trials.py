@@ -19,7 +19,8 @@ from .candidates import Candidate
 from .tasks import Task
 
 _SEED = 0
-_CHECKED_ROWS = 64  # of a result, held against float64
+_CHECKED_ROWS = 64  # of a result at least, held against float64
+_CHECKED_EVERY = 64  # rows: one of each tile
 _COLD = 3  # the sets of inputs together are this many times the cache
 _MOST_SETS = 32  # as many as one sample of `swkernels.timing` passes over
 
@@ -92,7 +93,7 @@ class Trial(ABC):
         return f"wrong: {wrong} of {len(keys)} peaks of {name}" if wrong else None
 
     def _wrong_values(self, name: str, result: torch.Tensor) -> str | None:
-        """Hold a few rows of `result` against float64, by the library's own error."""
+        """Hold rows of `result` against float64, by the library's own error."""
         exact, limit = self._exact
         error = (result[self._rows] - exact).abs().max().item()
         if error <= limit:  # false for NaN too
@@ -101,7 +102,7 @@ class Trial(ABC):
 
     @cached_property
     def _exact(self) -> tuple[torch.Tensor, float]:
-        """A few rows of the result in float64, and the largest error that is allowed."""
+        """The checked rows of the result in float64, and the largest error that is allowed."""
         inputs = list(self._inputs[0])
         inputs[: self.activations] = [t[self._rows] for t in inputs[: self.activations]]
         exact = self._library(*(tensor.double() for tensor in inputs))
@@ -113,8 +114,10 @@ class Trial(ABC):
 
     @cached_property
     def _rows(self) -> torch.Tensor:
+        """Rows to check, from the first to the last, no more than _CHECKED_EVERY apart."""
         tokens = self.task.tokens
-        spread = torch.linspace(0, tokens - 1, min(tokens, _CHECKED_ROWS), dtype=torch.float64)
+        count = max(_CHECKED_ROWS, -(-tokens // _CHECKED_EVERY) + 1)
+        spread = torch.linspace(0, tokens - 1, min(tokens, count), dtype=torch.float64)
         return spread.round().long().to(self._device)
 
 
