@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.models.smollm2 > $(VENV)/.model
@@ -20,6 +20,10 @@ test: $(VENV)/.demo
 bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.report
+
+# With the Python at hand: a machine with a GPU has its own PyTorch. DRY=1: tiny sizes, no GPU.
+gpu:
+	bash benchmarks/gpu.sh $(if $(DRY),--dry)
 
 # torch comes first, so that PIP_ARGS can name the index of a build of it (CPU, CUDA, ROCm).
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)

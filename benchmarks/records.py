@@ -45,8 +45,12 @@ class Run:
 
 def default_path(device_name: str, commit: str | None, folder: Path = RESULTS) -> Path:
     """The file of a machine and commit."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    return folder / f"{slug}-{(commit or 'no-commit')[:12]}.jsonl"
+    return folder / f"{slug(device_name)}-{(commit or 'no-commit')[:12]}.jsonl"
+
+
+def slug(device_name: str) -> str:
+    """A machine's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
 
 
 def write(path: Path, header: dict, results: list[dict]) -> None:

@@ -26,7 +26,7 @@ from benchmarks.measure import measure, skipped
 from benchmarks.suites import OPERATIONS, SUITES, cases
 from swkernels.errors import SwkernelsError
 
-_MINUTES = {"cpu": 18.0, "gpu": 60.0, "models": 60.0}
+_MINUTES = {"cpu": 12.0, "gpu": 60.0, "models": 60.0}
 # What the suite cpu leaves out: it is to end in twenty minutes on two cores.
 _LONGEST_ROUND = 1.0  # seconds of all providers once, estimated
 _LARGEST = 400e6  # bytes that are read and written

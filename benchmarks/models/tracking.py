@@ -99,5 +99,5 @@ def case(dtype: str, device: torch.device) -> Case:
     work = config.num_hidden_layers * mlp
     return Case(
         OP, ("SmolLM2-135M",), "base model, 8 x 512", shape, dtype, work, 8, make, judge,
-        providers, seconds=150.0,
+        providers, seconds=100.0,
     )  # fmt: skip

@@ -30,8 +30,10 @@ def case(models, projection, tokens, columns, dtype, device, *, interpreted=Fals
             Provider("read", "bare", lambda inputs: {"read": read_once(inputs["x"])}),
             *ours(OP, _ours, device, interpreted=interpreted),
             Provider("abs().max(0)", "eager", _eager),
-            Provider("abs().amax(0)", "eager", lambda i: {"values": i["x"].abs().amax(0)}),
-            Provider("vector_norm(inf)", "eager", _norm),
+            Provider(
+                "abs().amax(0), no positions", "bare", lambda i: {"values": i["x"].abs().amax(0)}
+            ),
+            Provider("vector_norm(inf), no positions", "bare", _norm),
             compiled(lambda: _eager, dry=dry),
         ]
 

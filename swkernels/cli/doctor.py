@@ -23,6 +23,7 @@ def doctor() -> None:
             ("operation", "backend", "why, and why not the others"),
             _operations(device),
         )
+    _table(console, "Tuning files, in the order of lookups", ("for", "records", "file"), _tuning())
 
 
 def _table(console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
@@ -123,3 +124,24 @@ def _operations(device: str) -> list[tuple[str, str, str]]:
         )
         for row in served
     ]
+
+
+def _tuning() -> list[tuple[str, str, str]]:
+    import torch
+
+    from swkernels import tuning
+    from swkernels.errors import InvalidInput
+
+    here = {torch.cuda.get_device_name(i): f"cuda:{i}" for i in range(torch.cuda.device_count())}
+    rows = []
+    for path in tuning.paths():
+        try:
+            content = tuning.read(path)
+        except InvalidInput as error:
+            rows.append(("nothing", str(error), str(path)))
+            continue
+        name = content.get("device")
+        device = "any device" if name is None else f"{name} ({here.get(name, 'not here')})"
+        kind = "measured" if content.get("measured") else "not measured"
+        rows.append((device, f"{len(content['records'])}, {kind}", str(path)))
+    return rows

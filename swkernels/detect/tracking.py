@@ -23,16 +23,27 @@ from swkernels.models import (
     skipped_towers,
 )
 from swkernels.models.experts import ExpertObserver
+from swkernels.models.glu import GatedMLP, NotGated, gated_mlp
 
+from .fused_mlp import wrap_gated_mlp
 from .patching import Patches
 
 
 @dataclass(frozen=True)
 class TrackReport:
-    """What ``track`` did: the names it replaced, and (name, reason) of what it left alone."""
+    """What ``track`` did.
+
+    Attributes:
+        replaced: the names of the projections that are tracked.
+        skipped: (name, reason) of what was left alone.
+        fused: with ``fused=True``, the names of the MLPs that run through ``ops.glu_absmax``.
+        unfused: then also (name, reason) of the projections whose MLP runs as it is.
+    """
 
     replaced: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
+    fused: tuple[str, ...] = ()
+    unfused: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -206,6 +217,7 @@ def track(
     per_sample: bool = False,
     moments: bool = False,
     strict: bool = True,
+    fused: bool = False,
     backend: str | None = None,
 ) -> TrackHandle:
     """Track the input and output peaks of every down projection of ``model``.
@@ -221,6 +233,10 @@ def track(
         moments: keep count, sum and sum of squares of each projection's output (for the outlier
             rule mean + gamma * std); one more pass over the outputs.
         strict: raise if the model has no down projection; else return a handle that tracks none.
+        fused: let gated MLPs of the plain form down(act(gate(x)) * up(x)) compute their product
+            and its peaks in one kernel. That saves more than tracking costs on a GPU; outputs
+            then differ from the untracked model's in the last place (the product is rounded once,
+            not twice). Others are tracked as without it; the report says why.
         backend: the explicit backend of the operations; None lets each device choose.
 
     Returns:
@@ -244,26 +260,60 @@ def track(
             raise InvalidInput(
                 f"{projection.name} is tracked already: call remove() on that handle first"
             )
+    taken, left = [], []
     for projection in projections:
         stack = _stack_of(model, projection, stacks)
         state = ProjectionState(projection, projection.weight.device, moments)
         stack.states.append(state)
         observer = _Observer(stack, state, per_sample, backend)
-        if projection.scope is None:
-            patches.forward(projection.module, observer.wrap)
-        else:
+        if projection.scope is not None:
             experts.setdefault(projection.scope, []).append(observer)
+            continue
+        if fused:
+            try:
+                name, module, mlp = _gated_mlp_around(model, projection, per_sample)
+            except NotGated as reason:
+                left.append((projection.name, str(reason)))
+            else:
+                taken.append(name)
+                patches.forward(module, functools.partial(_fuse, module, mlp, observer))
+                observer.inputs_seen = True
+        patches.forward(projection.module, observer.wrap)
     for scope, observers in experts.items():
         patches.forward(scope, functools.partial(_wrap_experts, observers))
     for stack in stacks.values():
         patches.forward(stack.module, functools.partial(_wrap_stack, stack, per_sample))
     replaced = tuple(projection.name for projection in projections)
     skipped = tuple(skipped_towers(model))
-    return TrackHandle(TrackReport(replaced, skipped), patches, list(stacks.values()))
+    if fused:
+        left += [
+            (o.state.projection.name, "it is an expert") for os in experts.values() for o in os
+        ]
+    report = TrackReport(replaced, skipped, tuple(taken), tuple(left))
+    return TrackHandle(report, patches, list(stacks.values()))
 
 
 def _expert(state: ProjectionState, e: int) -> int | None:
     return state.projection.expert if state.projection.experts is None else e
+
+
+def _gated_mlp_around(
+    model: nn.Module, projection: DownProjection, per_sample: bool
+) -> tuple[str, nn.Module, GatedMLP]:
+    """The gated MLP whose down projection this is: its name, itself, its parts."""
+    if per_sample:
+        raise NotGated("peaks of each sample are kept, which the kernel does not do")
+    root = getattr(model, "_orig_mod", model)
+    parent, _, child = projection.name.rpartition(".")
+    module = root.get_submodule(parent)
+    mlp = gated_mlp(module)
+    if mlp.down != child:
+        raise NotGated(f"it ends in {mlp.down}, not in this projection")
+    return parent, module, mlp
+
+
+def _fuse(module: nn.Module, mlp: GatedMLP, observer: _Observer, original):
+    return wrap_gated_mlp(module, mlp, observer.input_keys, observer.backend)
 
 
 def _stack_of(model: nn.Module, projection: DownProjection, stacks: dict) -> _Stack:
@@ -317,6 +367,15 @@ class _Observer:
         self.state = state
         self.per_sample = per_sample
         self.backend = backend
+        self.inputs_seen = False  # whether the kernel before the projection finds x's peaks
+
+    def input_keys(self, x) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The running keys of the inputs and the index of x's rows; None in a repeated forward."""
+        if _recomputing():
+            return None
+        if x.device != self.state.device:
+            self.state.move(x.device)
+        return self.state.inputs[0], self._index(x, None)
 
     def wrap(self, original):
         @functools.wraps(original)
@@ -339,7 +398,8 @@ class _Observer:
             self._observe_samples(expert, x, y, rows)
         else:
             index = self._index(x, rows)
-            for value, keys in ((x, state.inputs), (y, state.outputs)):
+            sides = ((x, state.inputs), (y, state.outputs))
+            for value, keys in sides[1:] if self.inputs_seen else sides:
                 ops.column_absmax(value, keys[expert], token_mask=index, backend=self.backend)
         if state.moments is not None:
             state.moments[expert] += _moments(y, self._index(x, rows))

@@ -1,250 +1,259 @@
-"""The Triton kernels compiled ahead of time, without a GPU, in the configurations that ship.
+"""The gate without a GPU: the Triton kernels in every configuration that a tuning file names.
 
-Run as a script, this file compiles everything and prints one JSON line per build; the tests run
-it once in a process of its own, because TRITON_INTERPRET (which the test suite sets) turns every
-jit function into an interpreted one at import.
+Each is compiled for the architectures of `aot.ARCHITECTURES`; its registers, local and shared
+memory must keep to the committed budget, and its machine code must hold what fast code needs.
+
+    python -m tests.backends.test_triton_aot --write-budgets   # take the binaries of now as budget
+    python -m tests.backends.test_triton_aot NAME ...          # the facts of single builds
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from swkernels import tuning
+
+from . import aot
+
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-WITH_DESCRIPTORS = ("sm_90", "sm_100")
+BUDGETS = Path(__file__).with_name("test_triton_budgets.json")
+WRITE = "python -m tests.backends.test_triton_aot --write-budgets"
+REGISTER_UNIT = 8  # registers of a thread are given out by eights
 KIB = 1024
 # Shared memory that one program may use, from the vendors' tuning guides.
 SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
-BUDGETS = Path(__file__).with_name("test_triton_registers.json")
-SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tfloat32": "fp32"}
+TENSOR_MEMORY_COLUMNS = 512
 
-# (operation, dtype, variant or activation, mode): with a token index, or with all sizes and
-# strides 1, which the launcher turns into constants.
-CASES = [
-    ("column_absmax", "bfloat16", "rows", ""),
-    ("column_absmax", "bfloat16", "rows", "index"),
-    ("column_absmax", "bfloat16", "rows", "ones"),
-    ("column_absmax", "float16", "rows", ""),
-    ("column_absmax", "float32", "rows", ""),
-    ("glu_absmax", "bfloat16", "silu", ""),
-    ("glu_absmax", "bfloat16", "relu", "index"),
-    ("glu_absmax", "bfloat16", "silu", "ones"),
-    ("glu_absmax", "float16", "gelu", ""),
-    ("glu_absmax", "float32", "gelu_tanh", ""),
-    ("linear_absmax", "bfloat16", "pointers", "ones"),
-    ("linear_absmax", "float32", "pointers", ""),
-]
-for variant in ("pointers", "descriptors"):
-    CASES += [
-        ("linear_absmax", "bfloat16", variant, ""),
-        ("linear_absmax", "bfloat16", variant, "index"),
-        ("linear_absmax", "float16", variant, ""),
-        ("linear_absmax", "tfloat32", variant, ""),
-    ]
-BUILDS = {
-    "-".join(part for part in (architecture, *case) if part): (architecture, *case)
-    for architecture in ARCHITECTURES
-    for case in CASES
-    if (case[2] != "descriptors" or architecture in WITH_DESCRIPTORS)
-    and (case[3] != "ones" or architecture == "sm_90")
+# Names of instructions begin with a match of these.
+MATRIX_UNITS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+MERGE = r"(RED|REDG|ATOM|ATOMG)\.E\.MAX\.S64|global_atomic_smax_x2"
+COMPARE_AND_SWAP = r"\w+\.(\w+\.)*CAS|\w+_cmpswap"
+WIDE_LOAD = r"LDG\.E\S*\.128|(global|buffer)_load_dwordx4"
+WIDE_STORE = r"STG\.E\S*\.128|(global|buffer)_store_dwordx4"
+WIDE_ASYNC_LOAD = r"LDGSTS\.E\S*\.128"
+# 64 bits are left for the token index.
+NARROW_LOAD = r"LDG\.(?!\S*(64|128))|(global|buffer)_load_(dword$|[us]?(byte|short))"
+NARROW_ASYNC_LOAD = r"LDGSTS\.(?!\S*(64|128))"
+
+FILES = sorted(Path(tuning.__file__).parent.glob("*.json"))
+BUILDS = aot.builds_of(FILES)
+
+
+def complaints(build: aot.Build, facts: aot.Facts, budget: dict | None) -> list[str]:
+    """Why the build does not pass; nothing if it does."""
+    if facts.error:
+        return [f"does not compile: {facts.error}"]
+    return [*_about_limits(build, facts), *_about_code(build, facts), *_about(budget, facts)]
+
+
+def _about_limits(build, facts):
+    # Where nothing is aligned the budget allows what there is: correct, but not meant to be fast.
+    if (facts.spills or facts.stack) and "odd" not in build.mode:
+        yield f"{facts.spills} accesses to local memory, {facts.stack} bytes of stack; allowed: 0"
+    if facts.shared > SHARED_LIMIT[build.architecture]:
+        yield f"{facts.shared} bytes of shared memory, over {SHARED_LIMIT[build.architecture]}"
+    if facts.tensor_memory > TENSOR_MEMORY_COLUMNS:
+        yield f"{facts.tensor_memory} columns of tensor memory, over {TENSOR_MEMORY_COLUMNS}"
+
+
+def _about_code(build, facts):
+    wanted, unwanted = [MERGE], [COMPARE_AND_SWAP]
+    through_descriptors = build.variant == "descriptors"
+    if build.op == "linear_absmax":
+        registers = build.dtype == "float32" and build.architecture != "gfx942"
+        wanted.append("FFMA" if registers else MATRIX_UNITS[build.architecture])
+        (wanted if through_descriptors else unwanted).extend(["UTMALDG", "UTMASTG"])
+    if not through_descriptors and not {"ones", "odd"} & set(build.mode):
+        if build.op == "linear_absmax":
+            wanted += [
+                WIDE_ASYNC_LOAD
+                if build.architecture == "sm_80"
+                else "|".join((WIDE_ASYNC_LOAD, WIDE_LOAD)),
+                WIDE_STORE,
+            ]
+            unwanted.append(NARROW_ASYNC_LOAD)
+        else:
+            wanted += [WIDE_LOAD, *([WIDE_STORE] if build.op == "glu_absmax" else [])]
+            unwanted.append(NARROW_LOAD)
+    yield from (f"no instruction {name}" for name in wanted if not facts.count(name))
+    for name in unwanted:
+        if facts.count(name):
+            yield f"{facts.count(name)} instructions {name}; allowed: none"
+
+
+def _about(budget, facts):
+    if budget is None:
+        yield f"no budget: run `{WRITE}` and commit {BUDGETS.name}"
+        return
+    for name, most in budget.items():
+        if getattr(facts, name) > most:
+            yield (
+                f"{getattr(facts, name)} {name}, the budget is {most}: mend the kernel, or run "
+                f"`{WRITE}` and say in the commit why more is right"
+            )
+
+
+def budget_of(facts: aot.Facts) -> dict[str, int]:
+    units = -(-facts.registers // REGISTER_UNIT)
+    registers = units * REGISTER_UNIT
+    return {"registers": registers, "spills": facts.spills, "shared": facts.shared}
+
+
+def read_budgets() -> dict[str, dict[str, int]]:
+    return json.loads(BUDGETS.read_text())
+
+
+BAD = {
+    "spills": {"BLOCK_T": 256, "BLOCK_D": 128, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3},
+    "shared": {"BLOCK_T": 128, "BLOCK_D": 128, "BLOCK_H": 64, "num_warps": 8, "num_stages": 8},
+    "option": {"BLOCK_T": 128, "BLOCK_D": 128, "BLOCK_H": 64, "matrix_instr_nonkdim": 16},
 }
 
 
-def main() -> None:
-    """Compile every build and print its facts; arguments are the names of those to compile."""
-    for name, build in BUILDS.items():
-        if len(sys.argv) == 1 or name in sys.argv[1:]:
-            print(json.dumps({"name": name, **facts(*build)}), flush=True)
+def tuning_file(path: Path, *records: dict, device: str | None = "NVIDIA H100 80GB HBM3") -> Path:
+    content = {"schema": tuning.SCHEMA, "device": device, "measured": True, "records": records}
+    path.write_text(json.dumps(content))
+    return path
 
 
-def facts(architecture, op, dtype, variant, mode) -> dict:
-    from swkernels import tuning
-
-    chosen = tuning.lookup(
-        op,
-        "any",
-        4096,
-        4096,
-        4096,
-        dtype,
-        architecture=architecture,
-        variant=variant if op == "linear_absmax" else None,
-    )
-    options = dict(chosen.config)
-    options.pop("waves", None)
-    compiled = compile_kernel(architecture, op, dtype, variant, mode, options)
-    if architecture.startswith("gfx"):
-        return amd_facts(compiled)
-    return nvidia_facts(compiled)
-
-
-def compile_kernel(architecture, op, dtype, variant, mode, options):
-    """Compile `op` as the launcher would for aligned tensors whose sizes divide by 16."""
-    import importlib
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    module = importlib.import_module(f"swkernels.backends.triton.{op}")
-    kernel = getattr(module, f"{op}_kernel")
-    vendor, number = re.fullmatch(r"(sm_|gfx)(\d+)", architecture).groups()
-    target = (
-        GPUTarget("cuda", int(number), 32) if vendor == "sm_" else GPUTarget("hip", "gfx942", 64)
-    )
-    short, precision = SHORT[dtype], "tf32" if dtype == "tfloat32" else "ieee"
-    constants = {name: 1 for name in ("stride_c", "stride_gc", "stride_uc", "stride_xh")}
-    constants |= {"stride_wh": 1, "ACTIVATION": variant, "PRECISION": precision}
-    constants |= {"DESCRIPTORS": variant == "descriptors", "token_index": None}
-    if mode == "ones":
-        constants |= {name: 1 for name in kernel.arg_names if name in "CDH" or "stride" in name}
-    constants |= {name: options.pop(name) for name in list(options) if name.isupper()}
-    matrices = {"x": ("T", "H"), "weight": ("D", "H"), "y": ("T", "D")}
-
-    def argument_type(name):
-        if name in ("keys", "in_keys", "out_keys", "token_index"):
-            return "*i64"
-        if name in ("bias", "gate", "up", "h"):
-            return f"*{short}"
-        if name in matrices:
-            if variant != "descriptors":
-                return f"*{short}"
-            block = ",".join(str(constants[f"BLOCK_{side}"]) for side in matrices[name])
-            return f"tensordesc<{short}[{block}]>"
-        return "i32"
-
-    if mode == "index":
-        del constants["token_index"]
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature = {
-        name: "constexpr" if name in constants else argument_type(name) for name in kernel.arg_names
-    }
-    free = ("T", "tiles", "token_offset", "constexpr")
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(kernel.arg_names)
-        if name not in free and name not in constants and "desc" not in signature[name]
-    }
-    return triton.compile(
-        ASTSource(kernel, signature, constants, aligned), target=target, options=options
-    )
-
-
-def amd_facts(compiled) -> dict:
-    assembly = compiled.asm["amdgcn"]
-
-    def field(name):
-        return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
-
-    return {
-        "registers": field("vgpr_count") + field("agpr_count"),
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
-        "stack": field("private_segment_fixed_size"),
-        "shared": compiled.metadata.shared,
-        "instructions": dict(Counter(re.findall(r"^\t([a-z]\w+)", assembly, re.M))),
-    }
-
-
-def nvidia_facts(compiled) -> dict:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-
-        def dump(option):
-            command = [str(tool), option, str(cubin)]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage, sass = dump("--dump-resource-usage"), dump("-sass")
-    instructions = Counter(
-        re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z]\S*)", sass, re.M)
-    )
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "spills": sum(n for name, n in instructions.items() if name.startswith(("LDL", "STL"))),
-        "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
-        "shared": compiled.metadata.shared,
-        "instructions": dict(instructions),
-    }
+def record(config: dict, **fields) -> dict:
+    record = {"op": "linear_absmax", "variant": "pointers", "dtypes": ["float16"], **fields}
+    return record | {"config": config | {"GROUP_T": 8}}
 
 
 @pytest.fixture(scope="module")
-def builds() -> dict:
-    import swkernels
-
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(swkernels.__file__).parents[1])
-    run = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return {line["name"]: line for line in map(json.loads, run.stdout.splitlines())}
+def bad(tmp_path_factory) -> dict[str, aot.Build]:
+    path = tuning_file(tmp_path_factory.mktemp("tuning") / "bad.json", *map(record, BAD.values()))
+    return dict(zip(BAD, aot.builds_of([path]), strict=True))
 
 
-def count(build: dict, *beginnings: str) -> int:
-    return sum(n for name, n in build["instructions"].items() if name.startswith(beginnings))
+@pytest.fixture(scope="module")
+def compiled(bad) -> dict[aot.Build, aot.Facts]:
+    return aot.compile_all([*BUILDS, *bad.values()])
 
 
-@pytest.mark.parametrize("name", BUILDS)
-def test_no_spills_and_shared_memory_within_the_limit(builds, name):
-    build = builds[name]
-    assert build["spills"] == 0
-    assert build["stack"] == 0
-    assert build["shared"] <= SHARED_LIMIT[name.split("-")[0]]
+@pytest.mark.parametrize("build", BUILDS, ids=str)
+def test_build(compiled, build):
+    found = complaints(build, compiled[build], read_budgets().get(str(build)))
+    assert not found, "; ".join(found)
 
 
-@pytest.mark.parametrize("name", BUILDS)
-def test_registers_within_budget(builds, name):
-    assert builds[name]["registers"] <= json.loads(BUDGETS.read_text())[name]
+def test_no_budget_is_left_over():
+    assert set(read_budgets()) <= set(map(str, BUILDS)), f"run `{WRITE}`"
 
 
-def test_budgets_name_every_build():
-    assert set(json.loads(BUDGETS.read_text())) == set(BUILDS)
+def test_every_operation_is_built_for_every_architecture():
+    combinations = {(build.architecture, build.op, build.dtype) for build in BUILDS}
+    for architecture in aot.ARCHITECTURES:
+        for op, dtypes in aot.DTYPES.items():
+            assert combinations >= {(architecture, op, dtype) for dtype in dtypes}
 
 
-@pytest.mark.parametrize("name", BUILDS)
-def test_peaks_merge_with_64_bit_atomics(builds, name):
-    """One instruction per merge, never a compare-and-swap loop."""
-    build = builds[name]
-    merges = count(build, "global_atomic_smax_x2")
-    merges += sum(n for op, n in build["instructions"].items() if "MAX.S64" in op)
-    assert merges > 0
-    assert not any("CAS" in op or "cmpswap" in op for op in build["instructions"])
+def test_activations_are_those_of_the_kernel():
+    from swkernels.backends.triton.glu_absmax import ACTIVATIONS
 
-
-@pytest.mark.parametrize("name", [name for name in BUILDS if "linear_absmax" in name])
-def test_gemm_runs_on_the_matrix_units(builds, name):
-    architecture, _, dtype, variant = name.split("-")[:4]
-    instruction = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
-    if dtype == "float32" and architecture != "gfx942":
-        assert count(builds[name], "FFMA") > 0
-    else:
-        assert count(builds[name], instruction[architecture]) > 0
-    through_descriptors = variant == "descriptors"
-    assert (count(builds[name], "UTMALDG") > 0) == through_descriptors
-    assert (count(builds[name], "UTMASTG") > 0) == through_descriptors
+    assert set(aot.ACTIVATIONS) == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in BUILDS if "linear" not in n and "gfx" not in n and "ones" not in n]
+    ("name", "says"),
+    [
+        ("spills", r"accesses to local memory, \d+ bytes of stack"),
+        ("shared", "bytes of shared memory, over 232448"),
+        ("option", "does not compile: .*matrix_instr_nonkdim: no option of Triton"),
+    ],
 )
-def test_passes_read_16_bytes_per_thread(builds, name):
-    narrow = ("LDG.E.U16", "LDG.E.U8", "LDG.E.S")
-    assert count(builds[name], "LDG.E.128") > 0
-    assert count(builds[name], *narrow) == 0
+def test_a_bad_configuration_is_caught(compiled, bad, name, says):
+    facts = compiled[bad[name]]
+    found = complaints(bad[name], facts, budget_of(facts))
+    assert len(found) == 1
+    assert re.search(says, found[0])
+
+
+def test_what_the_tensor_cores_do_not_multiply_is_caught(compiled):
+    """float32 is multiplied in registers: held to what other types need, it fails."""
+    for build in BUILDS:
+        if (build.op, build.dtype) == ("linear_absmax", "float32") and "gfx" not in str(build):
+            other = replace(build, dtype="tfloat32")
+            expected = [f"no instruction {MATRIX_UNITS[build.architecture]}"]
+            assert complaints(other, compiled[build], budget_of(compiled[build])) == expected
+
+
+def test_narrow_loads_are_caught(compiled):
+    """With strides of 1 everywhere nothing can be loaded widely: held to that, it fails."""
+    scalar = [build for build in BUILDS if "ones" in build.mode]
+    assert {build.op for build in scalar} == set(aot.DTYPES)
+    for build in scalar:
+        other = replace(build, mode=tuple(mode for mode in build.mode if mode != "ones"))
+        found = complaints(other, compiled[build], budget_of(compiled[build]))
+        assert any(complaint.startswith("no instruction LDG") for complaint in found)
+
+
+@pytest.mark.parametrize("name", ["registers", "shared"])
+def test_a_budget_that_is_exceeded_or_missing_is_caught(compiled, name):
+    build = BUILDS[0]
+    facts = compiled[build]
+    small = budget_of(facts)
+    small[name] -= 8
+    [found] = complaints(build, facts, small)
+    assert f"{name}, the budget is {small[name]}" in found
+    [found] = complaints(build, facts, None)
+    assert WRITE in found
+
+
+def test_a_measured_file_counts_for_its_device(tmp_path):
+    path = tmp_path / "measured.json"
+    config = BAD["spills"]
+
+    def architectures(device, **fields):
+        builds = aot.builds_of([tuning_file(path, record(config, **fields), device=device)])
+        return [build.architecture for build in builds]
+
+    assert architectures("NVIDIA H100 80GB HBM3") == ["sm_90"]
+    assert architectures("NVIDIA H200") == ["sm_90"]
+    assert architectures("NVIDIA B200") == ["sm_100"]
+    assert architectures(None) == list(aot.ARCHITECTURES)
+    assert architectures(None, architectures=["sm_8*", "gfx*"]) == ["sm_80", "gfx942"]
+    with pytest.raises(ValueError, match="add it to DEVICES"):
+        architectures("NVIDIA L20")
+    with pytest.raises(ValueError, match="for none of sm_90"):
+        architectures("NVIDIA H100 PCIe", architectures=["sm_80"])
+    with pytest.raises(ValueError, match="'matmul' is unknown"):
+        architectures(None, op="matmul")
+
+
+def test_what_makes_no_other_binary_is_built_once(tmp_path):
+    config = BAD["shared"]
+    records = [record(config | {"waves": waves}, rows=rows) for waves, rows in ((1, 8), (2, 16))]
+    files = [tuning_file(tmp_path / name, *records) for name in ("a.json", "b.json")]
+    assert len(aot.builds_of(files)) == 1
+
+
+def main(arguments: list[str]) -> int:
+    if arguments != ["--write-budgets"]:
+        chosen = [build for build in BUILDS if str(build) in arguments]
+        for build, facts in aot.compile_all(chosen).items():
+            print(json.dumps({"name": str(build), **asdict(facts)}))
+        return 0 if chosen else f"expected --write-budgets or names of {BUDGETS.name}"
+    compiled = aot.compile_all(BUILDS)
+    failed = 0
+    for build, facts in compiled.items():
+        for complaint in complaints(build, facts, budget_of(facts)):
+            failed += 1
+            print(f"{build}: {complaint}")
+    if failed:
+        return "nothing written: a budget allows none of these"
+    lines = (f'  "{build}": {json.dumps(budget_of(facts))}' for build, facts in compiled.items())
+    BUDGETS.write_text("{\n" + ",\n".join(sorted(lines)) + "\n}\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,174 @@
+"""One small case of each kernel, held against plain PyTorch: what compute-sanitizer watches.
+
+    python -m benchmarks.kernel_cases [--kernel NAME ...]
+
+It runs on the GPU, or without one in Triton's interpreter (TRITON_INTERPRET=1). A line for each
+kernel says "ok", "wrong", "failed" or "skipped", and why. The exit status is 0, 1 where a kernel is
+wrong or fails, or 77 where all were skipped.
+
+``planted-error`` is no kernel of the package: it writes past the end of its output, to show that
+the tool sees such an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from swkernels import ops
+from swkernels.errors import BackendUnavailable
+
+Check = Callable[[torch.device], None]  # raises where the kernel is wrong
+
+SKIPPED = 77
+PLANTED = "planted-error"
+
+# Rows, columns (channels, or inputs of the weight), outputs of the weight. Odd ones leave every
+# tile with an edge; those of descriptors start rows on 16 bytes.
+_SIZES = {"cuda": ((1, 1, 1), (63, 301, 70), (300, 1040, 264)), "cpu": ((1, 1, 1), (33, 71, 20))}
+_ALIGNED = {"cuda": ((1, 16, 8), (63, 304, 72), (300, 1040, 264)), "cpu": ((33, 72, 24),)}
+
+
+class Wrong(Exception):
+    """A kernel computed something else than the reference."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the kernels that are named, or all, and print how each did."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_cases")
+    parser.add_argument("--kernel", action="append", choices=[*KERNELS, PLANTED])
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    outcomes = []
+    for name in options.kernel or KERNELS:
+        outcome, reason = _outcome(planted_error if name == PLANTED else KERNELS[name], device)
+        outcomes.append(outcome)
+        print(f"{outcome} {name}{f': {reason}' if reason else ''}", flush=True)
+    if {"wrong", "failed"} & set(outcomes):
+        return 1
+    return 0 if "ok" in outcomes else SKIPPED
+
+
+def _outcome(check: Check, device: torch.device) -> tuple[str, str]:
+    try:
+        check(device)
+    except Wrong as error:
+        return "wrong", str(error)
+    except BackendUnavailable as error:
+        return "skipped", str(error)
+    except Exception as error:  # the other kernels are still to run
+        return "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return "ok", ""
+
+
+def column_absmax(backend: str) -> Check:
+    def check(device: torch.device) -> None:
+        for rows, columns, _ in _SIZES[device.type]:
+            for dtype in (torch.float32, _half(device)):
+                x = _numbers(rows, columns, dtype=dtype)
+                for index in (None, _ragged(rows)):
+                    keys = ops.column_absmax(
+                        x.to(device),
+                        token_mask=None if index is None else index.to(device),
+                        token_offset=5,
+                        backend=backend,
+                    )
+                    _same_keys(keys, x, index, 5, f"x {[rows, columns]} {dtype}")
+
+    return check
+
+
+def glu_absmax(device: torch.device) -> None:
+    for rows, columns, _ in _SIZES[device.type]:
+        for dtype in (torch.float32, _half(device)):
+            pair = _numbers(rows, 2 * columns, dtype=dtype)  # gate and up side by side
+            # relu: its product is exact in float64, so h is that product, rounded once.
+            gate, up = pair.double().chunk(2, dim=1)
+            h, keys = ops.glu_absmax(*pair.to(device).chunk(2, dim=1), "relu", backend="triton")
+            _same(h, (gate.relu() * up).to(dtype), f"h {[rows, columns]} {dtype}")
+            _same_keys(keys, h.cpu(), None, 0, f"h {[rows, columns]} {dtype}")
+
+
+def linear_absmax(*, descriptors: bool) -> Check:
+    def check(device: torch.device) -> None:
+        from swkernels.backends.triton import linear_absmax as triton
+
+        if descriptors and device.type == "cuda" and not triton._has_descriptors(device):
+            raise BackendUnavailable("this GPU has no tensor memory accelerator")
+        dtypes = (_half(device),) if descriptors else (torch.float32, _half(device))
+        for rows, columns, outputs in (_ALIGNED if descriptors else _SIZES)[device.type]:
+            for dtype in dtypes:
+                shapes = (rows, columns), (outputs, columns), (outputs,)
+                x, weight, bias = (_integers(*shape, dtype=dtype) for shape in shapes)
+                in_keys, out_keys = (ops.empty_keys(n, device) for n in (columns, outputs))
+                y = triton.fused_linear_absmax(
+                    *(tensor.to(device) for tensor in (x, weight, bias)),
+                    *(in_keys, out_keys, None, 3),
+                    descriptors=descriptors,
+                )
+                # Sums of small integers are exact, so y is the exact sum, rounded once.
+                exact = F.linear(x.double(), weight.double(), bias.double()).to(dtype)
+                what = f"{[rows, columns, outputs]} {dtype}"
+                _same(y, exact, f"y {what}")
+                _same_keys(in_keys, x, None, 3, f"x {what}")
+                _same_keys(out_keys, y.cpu(), None, 3, f"y {what}")
+
+    return check
+
+
+def planted_error(device: torch.device) -> None:
+    """Write past the end of an allocation, as a kernel does whose mask is wrong by one."""
+    if device.type != "cuda":
+        raise BackendUnavailable("without a GPU it would write into this process's own memory")
+    from benchmarks.gpu.planted import error_kernel
+
+    y = torch.zeros(1024, device=device)
+    error_kernel[(1,)](y, y.numel(), BLOCK=2048)
+    torch.cuda.synchronize(device)
+
+
+KERNELS = {
+    "triton-column_absmax": column_absmax("triton"),
+    "triton-glu_absmax": glu_absmax,
+    "triton-linear_absmax-pointers": linear_absmax(descriptors=False),
+    "triton-linear_absmax-descriptors": linear_absmax(descriptors=True),
+    "cuda-column_absmax": column_absmax("cuda"),
+}
+
+
+def _half(device: torch.device) -> torch.dtype:
+    """The 16-bit type to test: Triton's interpreter cannot multiply bfloat16."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float16
+
+
+def _ragged(rows: int) -> torch.Tensor:
+    """Token indices in no order, a quarter of the rows left out."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(rows)) - rows // 4
+
+
+def _numbers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[0])).to(dtype)
+
+
+def _integers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(shape[0])
+    return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    differ = int((found.cpu() != expected).sum())
+    if differ:
+        raise Wrong(f"{differ} of {expected.numel()} elements of {what} differ")
+
+
+def _same_keys(keys, values, index, offset: int, what: str) -> None:
+    expected = ops.column_absmax(values, token_mask=index, token_offset=offset, backend="reference")
+    _same(keys, expected, f"the peaks of {what}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""What the records are held against, and what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.book import OURS, Book, Entry
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bar: ``measure`` gives the value of an entry, at most or at least ``bar``.
+
+    Attributes:
+        work: what is measured, for the table.
+        machine: a part of the machine's name, or "cpu".
+        op, wanted: which entries.
+    """
+
+    work: str
+    machine: str
+    op: str
+    wanted: dict
+    measure: Callable[[Entry], float | None]
+    bar: float
+    at_least: bool = False
+
+    def found(self, book: Book) -> list[tuple[str, float]]:
+        """Machine and value of every record there is."""
+        values = []
+        for machine in book.machines:
+            for entry in book.find(machine, self.op, **self.wanted):
+                here = entry.header["device"]
+                if self.machine not in (here["type"],) and self.machine not in here["name"]:
+                    continue
+                value = self.measure(entry)
+                if value is not None:
+                    values.append((machine, value))
+        return values
+
+    def met(self, value: float) -> bool:
+        return value >= self.bar if self.at_least else value <= self.bar
+
+
+def over_bare(entry: Entry) -> float | None:
+    return entry.over_bare()
+
+
+def best_over_bare(entry: Entry) -> float | None:
+    """The fastest of our variants over the bare operation."""
+    values = [entry.over_bare(r["provider"]) for r in entry.timed("ours")]
+    return min((value for value in values if value is not None), default=None)
+
+
+def of_copy(entry: Entry) -> float | None:
+    """Share of the copy bandwidth of the same run."""
+    return _share(entry, "copy")
+
+
+def of_read(entry: Entry) -> float | None:
+    """Share of the read bandwidth of the same run."""
+    return _share(entry, "read")
+
+
+def over_full_forward(entry: Entry) -> float | None:
+    """The tracked base model over the plain forward with its head."""
+    ours, full = entry.of(OURS), entry.of("base model and head")
+    return ours["median"] / full["median"] if ours and full else None
+
+
+def _share(entry: Entry, ceiling: str) -> float | None:
+    ours = entry.of(OURS)
+    if ours is None:
+        return None
+    return ours["bytes"] / ours["median"] / entry.header["ceilings"][ceiling]
+
+
+_DOWN = {"Llama-3-8B": (4096, 14336), "Llama-3-70B": (8192, 28672)}
+
+TARGETS = [
+    *(
+        Target(
+            f"`linear_absmax` over `F.linear`, {model} down_proj, {tokens} tokens, bfloat16",
+            "H100",
+            "linear_absmax",
+            {"dtype": "bfloat16", "tokens": tokens, "rows": rows, "columns": columns},
+            over_bare,
+            1.02,
+        )
+        for model, (rows, columns) in _DOWN.items()
+        for tokens in (4096, 16384)
+    ),
+    Target(
+        "tracked SwiGLU MLP over the plain eager MLP, Llama-3-8B, 4096 tokens, bfloat16",
+        "H100",
+        "tracked_mlp",
+        {"dtype": "bfloat16", "tokens": 4096, "rows": 4096},
+        best_over_bare,
+        0.98,
+    ),
+    Target(
+        "`column_absmax`, share of the copy bandwidth, 16384 x 14336 bfloat16",
+        "H100",
+        "column_absmax",
+        {"dtype": "bfloat16", "tokens": 16384, "columns": 14336},
+        of_copy,
+        0.85,
+        at_least=True,
+    ),
+    Target(
+        "`column_absmax`, share of the read bandwidth, 8192 x 2048 float32",
+        "cpu",
+        "column_absmax",
+        {"dtype": "float32", "tokens": 8192, "columns": 2048},
+        of_read,
+        0.60,
+        at_least=True,
+    ),
+    *(
+        Target(
+            f"SmolLM2 base model, 8 x 512 tokens, tracked over plain, {dtype}",
+            "cpu",
+            "tracked_model",
+            {"dtype": dtype},
+            over_bare,
+            1.02,
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        Target(
+            f"the same, tracked without the head over the plain full forward, {dtype}",
+            "cpu",
+            "tracked_model",
+            {"dtype": dtype},
+            over_full_forward,
+            0.85,
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+]
