@@ -120,6 +120,44 @@ def linear_absmax(*, descriptors: bool) -> Check:
     return check
 
 
+def sampled_grad(device: torch.device) -> None:
+    for tokens, columns, outputs in _SIZES[device.type]:
+        for dtype in (torch.float32, _half(device)):
+            dy, x = (_integers(tokens, size, dtype=dtype) for size in (outputs, columns))
+            rows, cols = _coordinates(outputs, columns)
+            given = (tensor.to(device) for tensor in (dy, x, rows, cols))
+            values = ops.sampled_grad(*given, backend="triton")
+            exact = (dy.double().T @ x.double())[rows, cols].float()
+            _same(values, exact, f"dW {[tokens, columns, outputs]} {dtype}")
+
+
+def sparse_linear(device: torch.device) -> None:
+    for tokens, columns, outputs in _SIZES[device.type]:
+        for dtype in (torch.float32, _half(device)):
+            x, y = (_integers(tokens, size, dtype=dtype) for size in (columns, outputs))
+            rows, cols = _coordinates(outputs, columns)
+            values = _integers(len(rows), dtype=torch.float32)
+            given = (tensor.to(device) for tensor in (x, y, values, rows, cols))
+            found = ops.sparse_linear(*given, backend="triton")
+            deltas = torch.zeros(outputs, columns, dtype=torch.float64)
+            deltas[rows, cols] = values.double()
+            exact = (y.double() + x.double() @ deltas.T).to(dtype)
+            _same(found, exact, f"y {[tokens, columns, outputs]} {dtype}")
+
+
+def masked_grad(device: torch.device) -> None:
+    for _, columns, outputs in _SIZES[device.type]:
+        for dtype in (torch.float32, _half(device)):
+            grad = _integers(outputs, columns, dtype=dtype)
+            rows, cols = _coordinates(outputs, columns)
+            for scale in (0.0, 0.5):
+                given = (tensor.to(device) for tensor in (grad.clone(), rows, cols))
+                found = ops.masked_grad_(*given, scale, backend="triton")
+                exact = grad.clone()
+                exact[rows, cols] *= scale
+                _same(found, exact, f"grad {[outputs, columns]} {dtype} times {scale}")
+
+
 def planted_error(device: torch.device) -> None:
     """Write past the end of an allocation, as a kernel does whose mask is wrong by one."""
     if device.type != "cuda":
@@ -136,6 +174,9 @@ KERNELS = {
     "triton-glu_absmax": glu_absmax,
     "triton-linear_absmax-pointers": linear_absmax(descriptors=False),
     "triton-linear_absmax-descriptors": linear_absmax(descriptors=True),
+    "triton-sampled_grad": sampled_grad,
+    "triton-sparse_linear": sparse_linear,
+    "triton-masked_grad": masked_grad,
     "cuda-column_absmax": column_absmax("cuda"),
 }
 
@@ -143,6 +184,13 @@ KERNELS = {
 def _half(device: torch.device) -> torch.dtype:
     """The 16-bit type to test: Triton's interpreter cannot multiply bfloat16."""
     return torch.bfloat16 if device.type == "cuda" else torch.float16
+
+
+def _coordinates(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A third of the coordinates of a weight, in no order."""
+    generator = torch.Generator().manual_seed(rows)
+    flat = torch.randperm(rows * columns, generator=generator)[: -(-rows * columns // 3)]
+    return flat // columns, flat % columns
 
 
 def _ragged(rows: int) -> torch.Tensor:

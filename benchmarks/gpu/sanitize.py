@@ -14,6 +14,9 @@ KERNELS = (
     "triton-glu_absmax",
     "triton-linear_absmax-pointers",
     "triton-linear_absmax-descriptors",
+    "triton-sampled_grad",
+    "triton-sparse_linear",
+    "triton-masked_grad",
     "cuda-column_absmax",
 )
 PLANTED = "planted-error"

@@ -42,6 +42,9 @@ DTYPES = {
     "column_absmax": FLOATS,
     "glu_absmax": FLOATS,
     "linear_absmax": (*FLOATS, "tfloat32"),
+    "sampled_grad": FLOATS,
+    "sparse_linear": FLOATS,
+    "masked_grad": FLOATS,
 }
 TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tfloat32": "fp32"}
 
@@ -134,7 +137,7 @@ def _architecture(device: str, path: Path) -> str:
 def _modes(architecture, op, dtype, variant, *, shipped_for_all) -> Iterator[tuple[str, ...]]:
     activations = ACTIVATIONS if op == "glu_absmax" else ()
     yield from [(name,) for name in activations] or [()]
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" and op.endswith("absmax"):
         yield (*activations[:1], "index")
         if shipped_for_all and architecture == "sm_90" and variant != "descriptors":
             yield (*activations[:1], "ones")
@@ -190,7 +193,7 @@ def _compile(build: Build):
         for name in kernel.arg_names
     }
     odd = "odd" in build.mode
-    free = ("T", "tiles", "token_offset")  # sizes that the launcher does not specialise on
+    free = ("T", "R", "k", "tiles", "token_offset")  # sizes that the launcher does not specialise on
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
@@ -223,9 +226,13 @@ def _argument_type(name: str, build: Build, constants: dict) -> str:
     if name in matrices and constants.get("DESCRIPTORS"):
         block = ",".join(str(constants[f"BLOCK_{side}"]) for side in matrices[name])
         return f"tensordesc<{short}[{block}]>"
-    if name in ("bias", "gate", "up", "h", *matrices):
+    if name in ("bias", "gate", "up", "h", "dy", "grad", *matrices):
         return f"*{short}"
-    return "i32"
+    if name in ("rows", "cols", "row_starts"):
+        return "*i32"
+    if name in ("values", "partial"):
+        return "*fp32"
+    return "fp32" if name == "scale" else "i32"
 
 
 def _amd_facts(compiled) -> Facts:

@@ -64,6 +64,8 @@ def _about_limits(build, facts):
 
 
 def _about_code(build, facts):
+    if not build.op.endswith("absmax"):  # gathers of single elements, no peaks
+        return
     wanted, unwanted = [MERGE], [COMPARE_AND_SWAP]
     through_descriptors = build.variant == "descriptors"
     if build.op == "linear_absmax":

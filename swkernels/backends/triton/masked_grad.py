@@ -6,9 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import refusal
-
-_BLOCK_K = 256
+from .launch import choose, refusal
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -44,7 +42,8 @@ def masked_grad(grad: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, scal
     k = len(rows)
     if k == 0:
         return
+    config = choose("masked_grad", grad, *grad.shape, 0).config
     with torch.cuda.device_of(grad):
-        masked_grad_kernel[(triton.cdiv(k, _BLOCK_K),)](
-            grad, rows, cols, *grad.shape, k, *grad.stride(), scale, BLOCK_K=_BLOCK_K
+        masked_grad_kernel[(triton.cdiv(k, config["BLOCK_K"]),)](
+            grad, rows, cols, *grad.shape, k, *grad.stride(), scale, **config
         )
