@@ -18,6 +18,7 @@ _EXPORTS = {
     "scan": "swkernels.detect.scan:scan",
     "ScanConfig": "swkernels.detect.scan:ScanConfig",
     "ScanReport": "swkernels.detect.report:ScanReport",
+    "train": "swkernels.train",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -42,7 +42,7 @@ def case(
     shape = {"tokens": tokens, "columns": columns, "rows": rows}
     work = expected.sampled_grad(tokens, rows, columns, k, dtype)
     label = f"{projection} at {k} coordinates"
-    return Case(OP, models, label, shape, dtype, work, 400, make, judge, providers)
+    return Case(OP, models, label, shape, dtype, work, 30, make, judge, providers)
 
 
 def _coordinates(seed, rows, columns, k, device):

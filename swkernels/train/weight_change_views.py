@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from swkernels.errors import InvalidInput
@@ -134,8 +135,9 @@ def _draw_ranked(axes, change) -> None:
     mean = s["relative"]["mean"]
     if not math.isnan(_drawable(mean)):
         axes.axhline(mean, color=_MUTED, ls=":", lw=1.2, label=f"mean {percent(mean)}")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    _log_where_wide(axes, "x", range(1, len(relative) + 1))
+    _log_where_wide(axes, "y", relative)
+    axes.yaxis.set_major_formatter(lambda value, _: percent(value))
     axes.set_xlabel("coordinates, largest change first")
     axes.set_ylabel("relative change |W' - W| / |W|")
     hidden = sum(math.isnan(value) for value in relative)
@@ -154,11 +156,26 @@ def _draw_scattered(axes, change) -> None:
             y = [_drawable(row["relative"]) for row in rows]
             color = _MARK if local else _LINE
             axes.plot(x, y, marker, ls="none", color=color, ms=6 if local else 3, label=label)
-    axes.set_xscale("log")
+    _log_where_wide(axes, "x", [_drawable(abs(row["before"])) for row in change.rows])
     axes.set_xlabel("magnitude before, |W|")
     axes.set_title("Relative change by magnitude", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8.5)
     axes.grid(color="#dde2e7")
+
+
+def _log_where_wide(axes, direction: str, values: Iterable[float]) -> None:
+    """Make an axis logarithmic if its values spread, with about three to nine plain labels."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    shown = [value for value in values if not math.isnan(value)]
+    spread = max(shown) / min(shown) if shown else 1
+    if spread < 3:
+        return
+    axes.set(**{f"{direction}scale": "log"})
+    axis = getattr(axes, f"{direction}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 200 else (1,), numticks=9))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _drawable(value: float) -> float:

@@ -38,8 +38,9 @@ def threads():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("k", [1, 30, None])
-@pytest.mark.parametrize("tokens", [0, 1, 63, 1000])
+@pytest.mark.parametrize(
+    "tokens, k", [(0, 1), (0, None), (1, 1), (1, None), (63, 1), (63, None), (1000, 1), (1000, 20)]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_whole_numbers_give_the_dense_gradients_entries(backend, dtype, tokens, k):
     dy, x = integers(tokens, 13, dtype=dtype), integers(tokens, 17, dtype=dtype, seed=1)
@@ -73,7 +74,7 @@ def test_float64_is_exact_to_rounding(other):
 @pytest.mark.parametrize("tokens", [63, 1000])
 def test_error_is_at_most_twice_that_of_pytorchs_dense_gradient(backend, dtype, tokens):
     dy, x = normal(tokens, 13, dtype=dtype), normal(tokens, 17, dtype=dtype, seed=1)
-    rows, cols = coordinates(13, 17)
+    rows, cols = coordinates(13, 17, 60)
     exact = dense_gradient(dy, x)[rows, cols]
     theirs = (dy.T @ x)[rows, cols].double() - exact
     ours = ops.sampled_grad(dy, x, rows, cols, backend=backend).double() - exact
@@ -228,7 +229,7 @@ def test_twice_the_same(backend):
 def test_any_shape(backend, data):
     D, H = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
     tokens, seed = data.draw(st.integers(0, 70)), data.draw(st.integers(0, 99))
-    k = data.draw(st.integers(0, D * H if backend != "triton" else min(60, D * H)))
+    k = data.draw(st.integers(0, D * H if backend != "triton" else min(40, D * H)))
     before, after = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
 
     def activation(channels, dtype, seed):

@@ -154,6 +154,15 @@ class SparseCoordinateLayer(SparseDelta, BaseTunerLayer):
             del self._parts[adapter_name]
         super().delete_adapter(adapter_name)
 
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # A model may read what its layer has (DBRX reads the weights of its experts).
+            if name.startswith("_") or name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
     def _place(self, target: Target, pairs: torch.Tensor) -> torch.Tensor:
         """The coordinates of a target in this layer's matrix."""
         return pairs

@@ -41,7 +41,7 @@ class SparseCoordinateModel(BaseTuner):
         for key, layer in layers.items():
             if key in peft_config.module_names and name in layer.values:
                 raise InvalidInput(
-                    f"the model has an adapter {name!r} already: choose another name, or unload() it"
+                    f"the model has an adapter {name!r} already: choose another name or unload it"
                 )
         if any(layer.merged for layer in layers.values()):
             warnings.warn("An adapter is merged: it is unmerged first.", stacklevel=2)
