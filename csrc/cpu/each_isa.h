@@ -5,6 +5,7 @@
 
 #define SWK_FN SWK_FN_SCALAR
 namespace swk::scalar {
+#include "elements.h"
 #include "lanes.h"
 #include SWK_SELF
 }  // namespace swk::scalar
@@ -15,6 +16,7 @@ namespace swk::scalar {
 
 #define SWK_FN SWK_FN_AVX2
 namespace swk::avx2 {
+#include "elements.h"
 #include "lanes.h"
 #include SWK_SELF
 }  // namespace swk::avx2
@@ -22,6 +24,7 @@ namespace swk::avx2 {
 
 #define SWK_FN SWK_FN_AVX512
 namespace swk::avx512 {
+#include "elements.h"
 #include "lanes.h"
 #include SWK_SELF
 }  // namespace swk::avx512
