@@ -29,9 +29,11 @@
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define SWK_INLINE __forceinline
+#define SWK_NOINLINE __declspec(noinline)
 #define SWK_RESTRICT __restrict
 #else
 #define SWK_INLINE inline __attribute__((always_inline))
+#define SWK_NOINLINE __attribute__((noinline))
 #define SWK_RESTRICT __restrict__
 #endif
 

@@ -377,6 +377,7 @@ def test_doctor_shows_which_files_serve(user_directory, monkeypatch):
     monkeypatch.setattr(module, "_devices", lambda: [("cpu", "one")])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100")
+    monkeypatch.setattr("swkernels.cli.output._LOG_WIDTH", 400)  # temporary paths are long
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0, result.exception
     shown = result.stdout.partition("Tuning files")[2].replace("\n", " ")

@@ -49,8 +49,9 @@ def test_a_state_that_has_seen_nothing():
     assert values.tolist() == [0.0, 0.0] and tokens.tolist() == [-1, -1]
 
 
+@pytest.mark.parametrize("repeats", [1, 30])  # C++ has two ways, for few rows and for many
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_beats_infinity_beats_numbers_and_the_first_nan_wins(backend):
+def test_nan_beats_infinity_beats_numbers_and_the_first_nan_wins(backend, repeats):
     quiet, payload, negative = (
         torch.tensor([bits], dtype=torch.int32).view(torch.float32).item()
         for bits in (0x7FC00000, 0x7FFFFFFF, -1)
@@ -63,7 +64,7 @@ def test_nan_beats_infinity_beats_numbers_and_the_first_nan_wins(backend):
             [math.inf, 1.0, math.inf],
         ],
         device=DEVICE,
-    )
+    ).repeat(repeats, 1)
     keys = ops.column_absmax(x, backend=backend)
     values, tokens = ops.peaks(keys)
     assert values[0].isnan() and values[1].isinf() and values[2].isnan()
@@ -90,11 +91,13 @@ def test_splits_orders_and_padding_give_the_same_keys(backend):
         assert torch.equal(keys, whole)
 
 
+@pytest.mark.parametrize("tokens", [40, 150])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_token_indices_of_the_callers_own(backend):
-    x = random(40, 9, seed=2)
+def test_token_indices_of_the_callers_own(backend, tokens):
+    x = random(tokens, 9, seed=2)
     x[30] = x[3]
-    index = torch.randint(-2, 20, (40,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    generator = torch.Generator().manual_seed(3)
+    index = torch.randint(-2, 20, (tokens,), generator=generator).to(DEVICE)
     index[3], index[30] = 9, 4  # the later row is the earlier token
     keys = ops.column_absmax(x, token_mask=index, token_offset=5, backend=backend)
     assert torch.equal(keys.cpu(), oracle.column_absmax(x.cpu(), index.cpu(), 5))
@@ -138,14 +141,16 @@ def test_any_shape_split_and_mask(data):
     channels = data.draw(st.integers(1, 70))
     dtype = data.draw(st.sampled_from(DTYPES))
     backend = data.draw(st.sampled_from([p.values[0] for p in BACKENDS if not p.marks]))
+    repeats = data.draw(st.sampled_from([1, 7]))
     pad = data.draw(st.integers(0, 5))
     values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 65504.0, 1e-7, math.inf, math.nan, 0.1])
     x = torch.tensor(
         data.draw(st.lists(values, min_size=tokens * channels, max_size=tokens * channels)),
     ).reshape(tokens, channels)
-    x = torch.cat([x, torch.zeros(tokens, pad)], 1).to(dtype).to(DEVICE)[:, :channels]
+    x = torch.cat([x, torch.zeros(tokens, pad)], 1).to(dtype).to(DEVICE)
+    x = x.repeat(repeats, 1)[:, :channels]
     mask = data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
-    mask = torch.tensor(mask, dtype=torch.bool, device=DEVICE)
+    mask = torch.tensor(mask, dtype=torch.bool, device=DEVICE).repeat(repeats)
     offset = data.draw(st.integers(0, 2**31))
     keys = ops.column_absmax(x, token_mask=mask, token_offset=offset, backend=backend)
     expected = oracle.column_absmax(x.cpu(), ops.token_index(mask).cpu(), offset)
