@@ -68,13 +68,13 @@ def linear_absmax(tokens: int, rows: int, columns: int, dtype: str) -> tuple[Wor
 def sampled_grad(tokens: int, rows: int, columns: int, k: int, dtype: str) -> tuple[Work, ...]:
     """Read the columns of dy [T, D] and x [T, H] that k coordinates can name, write k sums."""
     named = min(k, rows) + min(k, columns)
-    return (Work(0, tokens * named * ITEM[dtype] + k * 8, k * 4, "read"),)
+    return (Work(2 * tokens * k, tokens * named * ITEM[dtype] + k * 8, k * 4, "read"),)
 
 
 def sparse_linear(tokens: int, rows: int, columns: int, k: int, dtype: str) -> tuple[Work, ...]:
     """Read the named columns of x [T, H], read and write those of y [T, D]."""
     read = tokens * (min(k, columns) + min(k, rows)) * ITEM[dtype] + k * 12
-    return (Work(0, read, tokens * min(k, rows) * ITEM[dtype]),)
+    return (Work(2 * tokens * k, read, tokens * min(k, rows) * ITEM[dtype]),)
 
 
 def swiglu_mlp(tokens: int, rows: int, columns: int, dtype: str) -> tuple[Work, ...]:
@@ -99,6 +99,7 @@ def floor(work: Sequence[Work], ceilings: Ceilings, dtype: str) -> tuple[float, 
 
 _PREDICTED_MODELS = ("SmolLM2-135M", "Llama-3-8B", "Llama-3-70B")
 _PREDICTED_TOKENS = (16, 4096, 16384)
+_PREDICTED_COUNT = 4096  # coordinates of sparse training
 
 
 def predicted_rows(dtype: str = "bfloat16") -> list[dict]:
@@ -118,11 +119,14 @@ def predicted_rows(dtype: str = "bfloat16") -> list[dict]:
 def _predicted(projection: Projection, tokens: int, dtype: str) -> list[dict]:
     D, H = projection.rows, projection.columns
     narrow, wide = {"tokens": tokens, "columns": H}, {"tokens": tokens, "columns": H, "rows": D}
+    listed = {**wide, "k": _PREDICTED_COUNT}
     works = {
         "column_absmax": (narrow, column_absmax(tokens, H, dtype)),
         "glu_absmax": (narrow, glu_absmax(tokens, H, dtype)),
         "linear_absmax": (wide, linear_absmax(tokens, D, H, dtype)),
         "tracked_mlp": (wide, swiglu_mlp(tokens, D, H, dtype)),
+        "sampled_grad": (listed, sampled_grad(tokens, D, H, _PREDICTED_COUNT, dtype)),
+        "sparse_linear": (listed, sparse_linear(tokens, D, H, _PREDICTED_COUNT, dtype)),
     }
     return [
         {

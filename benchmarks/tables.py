@@ -260,6 +260,8 @@ def _predictions(book: Book) -> str:
             else:
                 cells.append(NOT_MEASURED)
         label = f"{row['models'][0]} {row['projection']}, {row['shape']['tokens']} tokens"
+        if "k" in row["shape"]:
+            label += f", k = {row['shape']['k']}"
         rows.append((-miss, [row["op"], f"{label}, {row['dtype']}", *cells]))
     head = ["operation", "case"]
     for name in _GPUS:

@@ -76,6 +76,20 @@ def _share(entry: Entry, ceiling: str) -> float | None:
     return ours["bytes"] / ours["median"] / entry.header["ceilings"][ceiling]
 
 
+def times_faster(*providers: str) -> Callable[[Entry], float | None]:
+    """How many times faster we are than the fastest of these providers that was timed."""
+
+    def measure(entry: Entry) -> float | None:
+        ours = entry.of(OURS)
+        others = [found["median"] for name in providers if (found := entry.of(name))]
+        return min(others) / ours["median"] if ours and others else None
+
+    return measure
+
+
+_DENSE, _GATHERED = "dense gradient and gather", "gathered columns, multiplied and summed"
+_MASKED = ("PEFT Super-Tuning", "PEFT SHiRA, r = 1")
+_LAYER = {"dtype": "float32", "tokens": 1024, "rows": 2048, "columns": 8192}
 _DOWN = {"Llama-3-8B": (4096, 14336), "Llama-3-70B": (8192, 28672)}
 
 TARGETS = [
@@ -138,5 +152,47 @@ TARGETS = [
             0.85,
         )
         for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        Target(
+            f"`sampled_grad`, times faster than {what}, 2048 x 8192, 1024 tokens, k = {k}, float32",
+            "cpu",
+            "sampled_grad",
+            _LAYER | {"k": k},
+            times_faster(provider),
+            bar,
+            at_least=True,
+        )
+        for k, bars in {256: (60, 3), 4096: (1, 1), 36864: (1, 1)}.items()
+        for (what, provider), bar in zip(
+            {"the dense gradient": _DENSE, "gathered columns": _GATHERED}.items(), bars
+        )
+    ),
+    Target(
+        "a step of SmolLM2, k = 4096, over its forward and activation gradient, float32",
+        "cpu",
+        "sparse_training",
+        {"dtype": "float32"},
+        over_bare,
+        1.05,
+    ),
+    Target(
+        "the same step, times faster than the faster of PEFT's SHiRA and Super-Tuning, float32",
+        "cpu",
+        "sparse_training",
+        {"dtype": "float32"},
+        times_faster(*_MASKED),
+        1.0,
+        at_least=True,
+    ),
+    Target(
+        "`sampled_grad`, times faster than the dense gradient, Llama-3-8B down_proj, 8192 tokens, "
+        "k = 4096, bfloat16",
+        "H100",
+        "sampled_grad",
+        {"dtype": "bfloat16", "tokens": 8192, "rows": 4096, "columns": 14336, "k": 4096},
+        times_faster(_DENSE),
+        20,
+        at_least=True,
     ),
 ]

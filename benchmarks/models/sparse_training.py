@@ -130,7 +130,8 @@ def case(device: torch.device, dtype: str = "float32") -> Case:
 
     tokens = BATCH * LENGTH
     work = (Work(4 * matrices * tokens, 2 * matrices * ITEM[dtype], 0),)
-    shape = {"tokens": tokens, "columns": config.intermediate_size, "rows": config.hidden_size}
+    columns, rows = config.intermediate_size, config.hidden_size
+    shape = {"tokens": tokens, "columns": columns, "rows": rows, "k": COUNT}
     return Case(
         OP, ("SmolLM2-135M",), f"all down_proj, k = {COUNT}", shape, dtype, work, 8, make, judge,
         providers, seconds=120.0,

@@ -39,7 +39,7 @@ def case(
             compiled(lambda: _gathered, dry=dry),
         ]
 
-    shape = {"tokens": tokens, "columns": columns, "rows": rows}
+    shape = {"tokens": tokens, "columns": columns, "rows": rows, "k": k}
     work = expected.sampled_grad(tokens, rows, columns, k, dtype)
     label = f"{projection} at {k} coordinates"
     return Case(OP, models, label, shape, dtype, work, 30, make, judge, providers)

@@ -35,21 +35,40 @@ class Weight:
     Attributes:
         site: its name (and expert).
         shape: (D, H), output and input features.
+        module: the module whose forward uses it; adapters of others may be wrapped around it.
+        projection: what ``find_down_projections`` says of it; None for another linear layer.
     """
 
     site: Site
     shape: tuple[int, int]
-    _owner: DownProjection | nn.Module
+    module: nn.Module
+    projection: DownProjection | None
+
+    @property
+    def fused(self) -> bool:
+        """Whether one parameter holds this and the other experts."""
+        return self.projection is not None and self.projection.experts is not None
+
+    @property
+    def transposed(self) -> bool:
+        """Whether its layer keeps it as [H, D]."""
+        return type(base_of(self.module)[0]).__name__ == "Conv1D"
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that holds the weight."""
+        projection = self.projection
+        return base_of(self.module)[0].weight if projection is None else projection.weight
 
     def matrix(self) -> torch.Tensor:
-        """Return the live weight as a view [D, H].
+        """Return the live weight as a view [D, H] that can be read and written.
 
         Raises:
             InvalidInput: it is packed, sharded or on the meta device.
         """
-        if isinstance(self._owner, DownProjection):
-            return self._owner.matrix(self.site.expert).detach()
-        weight = self._owner.weight
+        if self.projection is not None:
+            return self.projection.matrix(self.site.expert).detach()
+        weight = self.parameter
         plain = not hasattr(weight, "__tensor_flatten__") and not weight.is_meta
         D, H = self.shape
         if not plain or not readable(weight.dtype) or weight.numel() != D * H:
@@ -57,7 +76,13 @@ class Weight:
                 f"{self.site} is packed, sharded or on the meta device ({type(weight).__name__} "
                 f"{weight.dtype} {list(weight.shape)}): expected a plain floating-point weight"
             )
-        return (weight.T if type(self._owner).__name__ == "Conv1D" else weight).detach()
+        return self.as_matrix(weight).detach()
+
+    def as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the parameter's shape, such as its gradient, as a view [D, H]."""
+        if self.projection is not None:
+            return self.projection.view(tensor, self.site.expert)
+        return tensor.T if self.transposed else tensor
 
 
 def as_site(key: object) -> Site:
@@ -138,13 +163,12 @@ def _is_pair(key: object) -> bool:
 def _find(site: Site, modules: dict, projections: dict[str, DownProjection]) -> list[Weight]:
     projection = projections.get(site.name)
     if projection is not None and projection.experts is not None:
-        if site.expert is None:
-            return _weights_of(projection)
-        if site.expert >= projection.experts:
+        if site.expert is not None and site.expert >= projection.experts:
             raise InvalidInput(
                 f"{site.name} holds experts 0 to {projection.experts - 1}, got {site.expert}"
             )
-        return [Weight(site, (projection.rows, projection.columns), projection)]
+        of_all = _weights_of(projection)
+        return of_all if site.expert is None else [of_all[site.expert]]
     module = modules.get(site.name)
     shape = features(module) if module is not None else None
     if projection is None and shape is None:
@@ -160,10 +184,11 @@ def _find(site: Site, modules: dict, projections: dict[str, DownProjection]) -> 
         raise InvalidInput(f"{site.name} is no fused experts module: leave out the expert")
     if projection is not None:
         return _weights_of(projection)
-    return [Weight(site, shape, base_of(module)[0])]
+    return [Weight(site, shape, module, None)]
 
 
 def _weights_of(projection: DownProjection) -> list[Weight]:
     shape = projection.rows, projection.columns
     experts = [None] if projection.experts is None else range(projection.experts)
-    return [Weight(Site(projection.name, expert), shape, projection) for expert in experts]
+    sites = [Site(projection.name, expert) for expert in experts]
+    return [Weight(site, shape, projection.module, projection) for site in sites]
