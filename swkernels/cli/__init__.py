@@ -1,4 +1,4 @@
-"""The command ``swkernels``: scan a model, tune the kernels, look at the installation.
+"""The command ``swkernels``: scan a model, train chosen weights, tune the kernels, and so on.
 
 Nothing heavy is imported before a command runs, so that ``swkernels --help`` is quick. Every error
 that a user can act on is one line on standard error, with exit code 2; Ctrl-C gives 130.
@@ -17,6 +17,7 @@ from swkernels.errors import SwkernelsError
 
 from .doctor import doctor
 from .scan import scan
+from .train import train
 from .tune import tune
 
 USER_ERROR = 2
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(scan)
+app.command()(train)
 app.command()(tune)
 app.command()(doctor)
 

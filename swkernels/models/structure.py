@@ -92,7 +92,9 @@ def base_of(module: nn.Module) -> tuple[nn.Module, str]:
 def features(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a linear layer of any kind: plain, Conv1D, quantized, wrapped; else None."""
     base, _ = base_of(module)
-    if base._modules or isinstance(base, nn.Embedding) or has_expert_stack(base):
+    # What trains beside a layer (swkernels.nn) is a child of it, but no part of its structure.
+    children = [c for c in base._modules.values() if not getattr(c, "trains_beside_parent", False)]
+    if children or isinstance(base, nn.Embedding) or has_expert_stack(base):
         return None
     weight = base._parameters.get("weight")
     dense = weight is not None and weight.dim() == 2

@@ -28,6 +28,8 @@ class SparseDelta(nn.Module):
         device: where the base layer works.
     """
 
+    trains_beside_parent = True  # see swkernels.models.structure.features
+
     def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu"):
         super().__init__()
         self.shape = tuple(shape)

@@ -52,7 +52,7 @@ def sparse(model: nn.Module, coordinates: Coordinates, *, name: str = "default")
         parameter.requires_grad_(False)
     for site, target in targets.items():
         target.adapt().add_adapter(name, coordinates.weights[site])
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.enable_input_require_grads()  # a reentrant checkpoint needs an input with gradient
     return SparseHandle(model, coordinates, name, targets, frozen)
 
@@ -184,18 +184,22 @@ class SparseHandle:
         Raises:
             InvalidInput: another format, other coordinates or another base; nothing has changed.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         loaded = {}
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise InvalidInput(f"{path} is no file of {_FORMAT}, but {metadata.get('format')}")
-            for number in range(len(metadata) - 1):
-                name, expert, shape, base = metadata[str(number)].split("\n")
-                site = Site(name, int(expert) if expert else None)
-                self._check_site(path, site, shape, base, file.get_tensor(f"{number}.coordinates"))
-                loaded[site] = file.get_tensor(f"{number}.values")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise InvalidInput(f"cannot read {path} as an adapter: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise InvalidInput(f"{path} is no file of {_FORMAT}, but {metadata.get('format')}")
+        for number in range(len(metadata) - 1):
+            name, expert, shape, base = metadata[str(number)].split("\n")
+            site = Site(name, int(expert) if expert else None)
+            self._check_site(path, site, shape, base, tensors[f"{number}.coordinates"])
+            loaded[site] = tensors[f"{number}.values"]
         missing = self._targets.keys() - loaded.keys()
         if missing:
             raise InvalidInput(f"{path} has no values for {', '.join(s.name for s in missing)}")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
 from swkernels.errors import InvalidInput
 
+from .figure import LINE, MARK, MUTED, render
 from .files import write_atomically
 
-_INK, _MUTED, _LINE, _MARK = "#1f2a35", "#66727f", "#3d5873", "#c3312f"
 _FORMATS = {".png", ".svg", ".pdf"}
 
 
@@ -32,21 +31,13 @@ def plot(change, path: str | Path) -> None:
     kind = path.suffix.lower()
     if kind not in _FORMATS:
         raise InvalidInput(f"expected a file name that ends in .png, .svg or .pdf, got {path}")
-    import matplotlib
-    from matplotlib.figure import Figure
 
-    file = io.BytesIO()
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9.5,
-             "text.color": _INK, "axes.labelcolor": _INK, "axes.axisbelow": True,
-             "svg.hashsalt": "swkernels", "text.parse_math": False}  # fmt: skip
-    with matplotlib.rc_context(style):
-        # A Figure of its own has the backend of its format: no display, no state of pyplot.
-        figure = Figure(figsize=(9.2, 3.8), layout="constrained")
+    def draw(figure) -> None:
         ranked, scattered = figure.subplots(1, 2, sharey=True)
         _draw_ranked(ranked, change)
         _draw_scattered(scattered, change)
-        figure.savefig(file, format=kind[1:], dpi=150)
-    write_atomically(path, file.getvalue())
+
+    write_atomically(path, render(draw, kind[1:], height=3.8))
 
 
 def number(value: float) -> str:
@@ -128,13 +119,13 @@ def _rank(value: float) -> float:
 def _draw_ranked(axes, change) -> None:
     relative = sorted((_drawable(row["relative"]) for row in change.rows), key=_low, reverse=True)
     s = change.summary
-    axes.plot(range(1, len(relative) + 1), relative, ".-", color=_LINE, ms=4, lw=1)
+    axes.plot(range(1, len(relative) + 1), relative, ".-", color=LINE, ms=4, lw=1)
     if s["threshold"] > 0:
         label = f"{percent(s['threshold'])}: {percent(s['relative']['share_above'])} above"
-        axes.axhline(s["threshold"], color=_MARK, ls="--", lw=1, label=label)
+        axes.axhline(s["threshold"], color=MARK, ls="--", lw=1, label=label)
     mean = s["relative"]["mean"]
     if not math.isnan(_drawable(mean)):
-        axes.axhline(mean, color=_MUTED, ls=":", lw=1.2, label=f"mean {percent(mean)}")
+        axes.axhline(mean, color=MUTED, ls=":", lw=1.2, label=f"mean {percent(mean)}")
     _log_where_wide(axes, "x", range(1, len(relative) + 1))
     _log_where_wide(axes, "y", relative)
     axes.yaxis.set_major_formatter(lambda value, _: percent(value))
@@ -154,7 +145,7 @@ def _draw_scattered(axes, change) -> None:
         if rows:
             x = [_drawable(abs(row["before"])) for row in rows]
             y = [_drawable(row["relative"]) for row in rows]
-            color = _MARK if local else _LINE
+            color = MARK if local else LINE
             axes.plot(x, y, marker, ls="none", color=color, ms=6 if local else 3, label=label)
     _log_where_wide(axes, "x", [_drawable(abs(row["before"])) for row in change.rows])
     axes.set_xlabel("magnitude before, |W|")

@@ -193,7 +193,13 @@ def _compile(build: Build):
         for name in kernel.arg_names
     }
     odd = "odd" in build.mode
-    free = ("T", "R", "k", "tiles", "token_offset")  # sizes that the launcher does not specialise on
+    free = (
+        "T",
+        "R",
+        "k",
+        "tiles",
+        "token_offset",
+    )  # sizes that the launcher does not specialise on
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)

@@ -55,7 +55,10 @@ def expected(x, base_out, values, rows, cols):
 
 def arguments(tokens, D=13, H=17, k=40, dtypes=(torch.float32, torch.float32), seed=0):
     """Whole numbers, so small that sums of a row are exact in float16 and nearly so in bfloat16."""
-    x, base_out = integers(tokens, H, dtype=dtypes[0], seed=seed), integers(tokens, D, seed=seed + 1)
+    x, base_out = (
+        integers(tokens, H, dtype=dtypes[0], seed=seed),
+        integers(tokens, D, seed=seed + 1),
+    )
     rows, cols = coordinates(D, H, k, seed)
     return x, base_out.to(dtypes[1]), integers(len(rows), seed=seed + 2), rows, cols
 
@@ -384,8 +387,11 @@ def test_the_view_that_conv1d_returns_is_changed_in_place(backend):
         y = torch.addmm(bias, x.reshape(-1, 17), weight).view(3, 4, 13)
         if sparse:
             assert y._is_view()
-            base, y = y, ops.sparse_linear(
-                x.view(3, 4, 17), y, values, rows, cols, inplace=True, backend=backend
+            base, y = (
+                y,
+                ops.sparse_linear(
+                    x.view(3, 4, 17), y, values, rows, cols, inplace=True, backend=backend
+                ),
             )
             assert y is base
         else:

@@ -1,0 +1,277 @@
+"""A training loop for the k values of ``sparse``: it can be interrupted and goes on bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from swkernels.errors import InvalidInput
+
+from .data import Example, collate, predictions
+from .files import write_atomically
+from .sparse import SparseHandle
+
+_SCHEMA = "swkernels.train-state/1"
+_OPTIMIZERS = ("adamw", "adafactor")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+        steps: optimizer steps; None takes ``epochs`` passes over the data.
+        epochs: passes over the data, used where ``steps`` is None.
+        batch_size: sequences of one forward.
+        accumulate: forwards whose gradients make one step.
+        learning_rate: the highest; it rises over the first ``warmup`` share of the steps and then
+            falls to zero, both in a straight line.
+        warmup: share of the steps, 0 to 1.
+        weight_decay: of the deltas: it pulls a weight back to where it was.
+        clip: largest norm of the gradient; 0 does not clip.
+        optimizer: "adamw" or "adafactor".
+        seed: of the order of the data and of dropout.
+        save_every: steps after which the state is written, where a path for it is given.
+    """
+
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    optimizer: str = "adamw"
+    seed: int = 0
+    save_every: int = 100
+
+    def __post_init__(self):
+        least = {"batch_size": 1, "accumulate": 1, "save_every": 1, "seed": 0}
+        if self.steps is not None:
+            least["steps"] = 1
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise InvalidInput(f"{name} must be at least {bound}, got {getattr(self, name)}")
+        for name in ("learning_rate", "epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidInput(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InvalidInput(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup <= 1:
+            raise InvalidInput(f"warmup must be a share from 0 to 1, got {self.warmup}")
+        if self.optimizer not in _OPTIMIZERS:
+            raise InvalidInput(
+                f"optimizer must be one of {', '.join(_OPTIMIZERS)}, got {self.optimizer!r}"
+            )
+
+    def count(self, examples: int) -> int:
+        """How many optimizer steps there are."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round(self.epochs * examples / (self.batch_size * self.accumulate)))
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        rising = round(self.warmup * steps)
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        return self.learning_rate * (steps - step) / (steps - rising)
+
+
+def fit(
+    handle: SparseHandle,
+    examples: Sequence[Example],
+    settings: Settings,
+    *,
+    state: Path | None = None,
+    on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+) -> list[float]:
+    """Train the values of ``handle``, which keep what was reached.
+
+    The loss of a step is the mean over all predicted tokens of its sequences, however they are
+    split into forwards.
+
+    Args:
+        handle: of ``swkernels.train.sparse``.
+        examples: of ``read_examples``.
+        settings: how.
+        state: a file for the state: gone on from where it is there, written every
+            ``settings.save_every`` steps and when the run ends early, for whatever reason.
+        on_step: called with the steps done, all steps, and the loss of the last.
+
+    Returns:
+        The loss of every step in nats, those before an interruption too.
+
+    Raises:
+        InvalidInput: the state is of another run, or a loss or gradient is not finite; values and
+            state are then those of the last good step.
+    """
+    model, parameters = handle.model, handle.parameters()
+    if not any(predictions([example]) for example in examples):
+        raise InvalidInput("the data predicts no token: give longer texts")
+    steps = settings.count(len(examples))
+    key = _key(handle, examples, settings)
+    optimizer = _optimizer(parameters, settings)
+    torch.manual_seed(settings.seed)
+    losses: list[float] = []
+    if state is not None and state.exists():
+        losses = _restore(state, key, parameters, optimizer)
+    good = _snapshot(parameters, optimizer, losses)
+    was_training = model.training
+    model.train()
+    try:
+        while len(losses) < steps:
+            loss = _step(model, parameters, optimizer, examples, settings, len(losses), steps)
+            losses.append(loss)
+            good = _snapshot(parameters, optimizer, losses)
+            if state is not None and len(losses) % settings.save_every == 0:
+                _write(state, key, good, losses)
+            on_step(len(losses), steps, loss)
+    except BaseException:
+        done = len(good["losses"])
+        with torch.no_grad():
+            for number, parameter in enumerate(parameters):
+                parameter.copy_(good[f"{number}.value"])
+        if state is not None and done:
+            _write(state, key, good, losses[:done])
+        raise
+    finally:
+        model.train(was_training)
+        optimizer.zero_grad()
+    return losses
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, examples: Sequence[Example], batch_size: int) -> float:
+    """The mean loss over all predicted tokens in nats, in eval mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        device = next(model.parameters()).device
+        total = 0.0
+        for first in range(0, len(examples), batch_size):
+            part = examples[first : first + batch_size]
+            if count := predictions(part):
+                loss = model(**collate(part, device), use_cache=False).loss
+                total += float(loss.double()) * count
+    finally:
+        model.train(was_training)
+    return total / predictions(examples)
+
+
+def _step(model, parameters, optimizer, examples, settings, step, steps) -> float:
+    size = settings.batch_size * settings.accumulate
+    chosen = [examples[i] for i in _order(len(examples), step * size, size, settings.seed)]
+    device = next(model.parameters()).device
+    count = max(1, predictions(chosen))
+    optimizer.zero_grad()
+    total = 0.0
+    for first in range(0, size, settings.batch_size):
+        part = chosen[first : first + settings.batch_size]
+        of_part = predictions(part)
+        if not of_part:  # the mean over no token is NaN
+            continue
+        loss = model(**collate(part, device), use_cache=False).loss * (of_part / count)
+        loss.backward()
+        total += float(loss.detach().double())
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        what = "loss" if not math.isfinite(total) else "gradient"
+        raise InvalidInput(
+            f"the {what} is not finite in step {step + 1}: the values of step {step} are kept; "
+            "try a lower learning rate or another dtype"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = settings.rate(step, steps)
+    optimizer.step()
+    return total
+
+
+def _order(count: int, first: int, size: int, seed: int) -> list[int]:
+    """The examples of a step: every pass over the data goes through all in an order of its own."""
+    found = []
+    for place in range(first, first + size):
+        epoch, index = divmod(place, count)
+        if not found or index == 0:
+            generator = torch.Generator().manual_seed(seed + epoch)
+            order = torch.randperm(count, generator=generator).tolist()
+        found.append(order[index])
+    return found
+
+
+def _optimizer(parameters, settings: Settings) -> torch.optim.Optimizer:
+    made = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adafactor
+    return made(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def _key(handle: SparseHandle, examples: Sequence[Example], settings: Settings) -> dict:
+    """What a state must have been made with, as JSON has it."""
+    data, listed = hashlib.sha256(), hashlib.sha256()
+    for example in examples:
+        data.update(example.ids.numpy().tobytes() + example.labels.numpy().tobytes())
+    for site, pairs in handle.coordinates.weights.items():
+        listed.update(str(site).encode() + pairs.numpy().tobytes())
+    found = {name: value for name, value in asdict(settings).items() if name != "save_every"}
+    return found | {"data": data.hexdigest()[:16], "coordinates": listed.hexdigest()[:16]}
+
+
+def _snapshot(parameters, optimizer, losses: list[float]) -> dict[str, torch.Tensor]:
+    """Everything that the next step depends on, copied."""
+    found = {"losses": torch.tensor(losses, dtype=torch.float64), "rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        found["cuda_rng"] = torch.cuda.get_rng_state()
+    for number, parameter in enumerate(parameters):
+        found[f"{number}.value"] = parameter.detach().clone()
+        for name, value in optimizer.state[parameter].items():
+            found[f"{number}.{name}"] = value.detach().clone()
+    return found
+
+
+def _write(path: Path, key: dict, good: dict, losses: list[float]) -> None:
+    from safetensors.torch import save
+
+    tensors = {name: value.cpu().contiguous() for name, value in good.items()}
+    metadata = {"schema": _SCHEMA, "step": str(len(losses)), "key": json.dumps(key)}
+    write_atomically(path, save(tensors, metadata))
+
+
+def _restore(path: Path, key: dict, parameters, optimizer) -> list[float]:
+    """Put a state back; returns the losses so far. Nothing is changed where it does not fit."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        found = json.loads(metadata["key"]) if metadata.get("schema") == _SCHEMA else None
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise InvalidInput(f"cannot read {path} as the state of a run: {error}") from error
+    if found is None:
+        raise InvalidInput(f"{path} is no state of a run ({_SCHEMA}): remove it or name another")
+    other = [name for name in key if found.get(name) != key[name]]
+    if other:
+        raise InvalidInput(
+            f"{path} is the state of another run, its {', '.join(other)} differ: give the same, "
+            "or begin anew elsewhere"
+        )
+    torch.set_rng_state(tensors["rng"])
+    if "cuda_rng" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda_rng"])
+    with torch.no_grad():
+        for number, parameter in enumerate(parameters):
+            prefix = f"{number}."
+            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            parameter.copy_(own.pop("value"))
+            optimizer.state[parameter] = {
+                name: value if name == "step" else value.to(parameter.device)
+                for name, value in own.items()
+            }
+    return tensors["losses"].tolist()
