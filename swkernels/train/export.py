@@ -134,12 +134,18 @@ def _in_folder(folder: Path, mark: str, write: Callable[[Path], None]) -> None:
     if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
         raise InvalidInput(f"{folder} is there and holds no {mark}: choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    made, before = work / "made", work / "before"
     try:
-        write(aside)
-        aside.chmod(0o755)
+        made.mkdir()
+        write(made)
         if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(aside, folder)
+            os.replace(folder, before)
+        try:
+            os.replace(made, folder)
+        except BaseException:
+            if before.exists():
+                os.replace(before, folder)
+            raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)

@@ -295,7 +295,7 @@ def test_only_the_gradients_that_are_wanted(wanted):
     pattern, order = ops.SparsePattern.sort(rows, cols, (13, 17))
     tensors = [t.requires_grad_(bool(w)) for t, w in zip((x, base_out, values[order]), wanted)]
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keep(saved), lambda t: t):
         y = ops.pattern_linear(*tensors, pattern)
     y.backward(torch.ones_like(y))
     assert [t.grad is not None for t in tensors] == [bool(w) for w in wanted]
@@ -332,7 +332,12 @@ def test_saved_are_only_the_columns_of_x_that_are_named():
     for width, listed, shape in ((100, cols, [20, 4]), (18, every, [20, 18])):
         pattern, _ = ops.SparsePattern.sort(rows, listed, (30, width))
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+
+        def keep(tensor, saved=saved):
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             ops.pattern_linear(x[:, :width], base_out, values.requires_grad_(), pattern)
         assert [list(t.shape) for t in saved] == [shape]
         if width == 100:

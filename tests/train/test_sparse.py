@@ -10,12 +10,12 @@ import os
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from swkernels.errors import InvalidInput
 from swkernels.nn import SparseDelta
 from swkernels.train import Coordinates, Site, sparse
-from tests.models.tiny import VOCABULARY, tiny_model, token_ids
+from tests.models.tiny import tiny_model, token_ids
+from tests.ops.listed import Allocations
 
 # Linear, Conv1D with bias, expert modules or fused experts in each layout
 ARCHITECTURES = ("llama", "gpt2", "mixtral", "gpt_oss", "dbrx")
@@ -169,39 +169,21 @@ def test_k_trainable_values_and_a_state_of_the_same_size():
     assert held <= 3 * 37
 
 
-class Watch(TorchDispatchMode):
-    """Notes tensors of at least ``least`` elements, but for views of one that is known."""
-
-    def __init__(self, least: int, known: torch.Tensor):
-        super().__init__()
-        self.least, self.seen, self.known = least, [], known.untyped_storage().data_ptr()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                large = storage.nbytes() >= self.least * tensor.element_size()
-                if large and storage.data_ptr() != self.known:
-                    self.seen.append((str(func), tuple(tensor.shape)))
-        return out
-
-
 @pytest.mark.parametrize("dense", [False, True])
 def test_nothing_of_the_weights_size_is_made(dense):
     D, H = 320, 640
     model = nn.Sequential(nn.Linear(8, H), nn.Linear(H, D, bias=False))
     handle = sparse(model, Coordinates.random({"1": (D, H)}, 50))
-    if dense:  # so that the watch is known to see it
+    if dense:  # so that the watch is known to see one
         model[1].weight.requires_grad_(True)
     x = torch.randn(16, 8)  # activations are far smaller than the weight
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    with Watch(D * H, model[1].weight) as watch:
+    with Allocations() as made:
         for _ in range(2):
             model(x).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert bool(watch.seen) is dense, watch.seen
+    assert (max(made.sizes) >= D * H) is dense
     assert handle.parameters()[0].any()
 
 
@@ -500,10 +482,6 @@ def test_a_file_of_something_else(tmp_path, change, message):
 # --- bad input ---
 
 
-def of(model, weights, shapes=None):
-    return lambda: sparse(model, Coordinates.of(weights, shapes or model))
-
-
 @pytest.mark.parametrize(
     ("weights", "shapes", "message"),
     [
@@ -560,7 +538,3 @@ def test_nan_gradients_arrive():
     assert handle.parameters()[0].grad.isnan().all()
     with pytest.raises(RuntimeError, match="non-finite"):
         nn.utils.clip_grad_norm_(handle.parameters(), 1.0, error_if_nonfinite=True)
-
-
-def test_vocabulary_is_what_the_tests_think():
-    assert token_ids().max() < VOCABULARY
