@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from swkernels.nn import SparseDelta
 
 from .coordinates import Coordinates, Site
 from .experts import CHILD
+from .files import write_atomically
 from .fingerprint import fingerprint
 from .sites import Target, find_targets
 
@@ -156,8 +155,11 @@ class SparseHandle:
         """Write coordinates, values and a fingerprint of the base to a safetensors file.
 
         The file is written aside and renamed.
+
+        Raises:
+            InvalidInput: the folder is not there or cannot be written.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors, metadata = {}, {"format": _FORMAT}
         for number, (site, values) in enumerate(self.values().items()):
@@ -168,15 +170,7 @@ class SparseHandle:
             shape = "x".join(map(str, self.coordinates.shapes[site]))
             base = fingerprint(target, tensors[f"{number}.coordinates"], self._merged.get(site))
             metadata[str(number)] = "\n".join([site.name, expert, shape, base or ""])
-        path = Path(path)
-        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(descriptor)
-        try:
-            save_file(tensors, aside, metadata)
-            os.replace(aside, path)
-        except BaseException:
-            os.unlink(aside)
-            raise
+        write_atomically(Path(path), save(tensors, metadata))
 
     def load(self, path: str | Path) -> None:
         """Take the values from a file that ``save`` wrote for the same coordinates and base.

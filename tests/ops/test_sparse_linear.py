@@ -53,6 +53,16 @@ def expected(x, base_out, values, rows, cols):
     return base_out.double() + x.double() @ S.T
 
 
+def noting(tensors: list):
+    """A hook that keeps what autograd saves in ``tensors``."""
+
+    def keep(tensor):
+        tensors.append(tensor)
+        return tensor
+
+    return keep
+
+
 def arguments(tokens, D=13, H=17, k=40, dtypes=(torch.float32, torch.float32), seed=0):
     """Whole numbers, so small that sums of a row are exact in float16 and nearly so in bfloat16."""
     x, base_out = (
@@ -295,7 +305,7 @@ def test_only_the_gradients_that_are_wanted(wanted):
     pattern, order = ops.SparsePattern.sort(rows, cols, (13, 17))
     tensors = [t.requires_grad_(bool(w)) for t, w in zip((x, base_out, values[order]), wanted)]
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(keep(saved), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(noting(saved), lambda t: t):
         y = ops.pattern_linear(*tensors, pattern)
     y.backward(torch.ones_like(y))
     assert [t.grad is not None for t in tensors] == [bool(w) for w in wanted]
@@ -332,12 +342,7 @@ def test_saved_are_only_the_columns_of_x_that_are_named():
     for width, listed, shape in ((100, cols, [20, 4]), (18, every, [20, 18])):
         pattern, _ = ops.SparsePattern.sort(rows, listed, (30, width))
         saved = []
-
-        def keep(tensor, saved=saved):
-            saved.append(tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(noting(saved), lambda t: t):
             ops.pattern_linear(x[:, :width], base_out, values.requires_grad_(), pattern)
         assert [list(t.shape) for t in saved] == [shape]
         if width == 100:
