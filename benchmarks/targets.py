@@ -62,7 +62,7 @@ def of_copy(entry: Entry) -> float | None:
 
 
 def of_read(entry: Entry) -> float | None:
-    """Time of reading the input once over ours, interleaved: free of the drift of a shared machine."""
+    """Time of reading the input once over ours, interleaved: a shared machine drifts."""
     ours, read = entry.of(OURS), entry.of("read")
     return read["median"] / ours["median"] if ours and read else None
 
