@@ -105,9 +105,12 @@ def _bound(call: Callable[..., Tensors], backend: str | None) -> Call:
 
 
 def compiled(make: Callable[[], Call], *, dry: bool) -> Provider:
-    """``torch.compile`` of what eager PyTorch does, which ``make`` returns, for this very shape."""
+    """``torch.compile`` of what eager PyTorch does, which ``make`` returns, with its defaults.
+
+    So the second shape makes the sizes dynamic, and few builds serve all cases.
+    """
     missing = "left out of a dry run: it compiles for long" if dry else None
-    call = lazily(lambda: torch.compile(make(), dynamic=False))
+    call = lazily(lambda: torch.compile(make()))
     return Provider("torch.compile", "compile", call, missing)
 
 

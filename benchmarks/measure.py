@@ -15,6 +15,7 @@ from itertools import repeat
 from pathlib import Path
 
 import torch
+import torch._dynamo
 
 from benchmarks import records
 from benchmarks.case import Case, Error, Provider, Tensors
@@ -23,10 +24,14 @@ from swkernels.timing import Timing, interleaved
 
 _COLD = 3  # the sets of inputs together are this many times the cache
 _MOST_SETS = 64
+# After 8 builds of a function torch.compile would run eager code under its own name; a run has more
+# dtypes and layouts than that.
+_BUILDS = 256
 _MOST_SET_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}
 
 
 @torch.no_grad()
+@torch._dynamo.config.patch(recompile_limit=_BUILDS)
 def measure(
     case: Case, device: torch.device, ceilings: Ceilings, cache: int, *, seconds: float
 ) -> list[dict]:

@@ -42,7 +42,8 @@ def results_page(book: Book) -> str:
         "[results/README.md](results/README.md)). Cells are the median and, in brackets, the 20th "
         "and 80th percentile; times of one row were measured interleaved in one run. `over bare` "
         "is our automatic choice over the plain operation without our extra work, `share` its "
-        "part of the ceiling that binds (read, copy or gemm, measured in the same run), `error` "
+        "part of the ceiling that binds (read, copy or gemm, measured at the start of the same "
+        "run: on a shared machine it may have moved since, and a share above 1 says so), `error` "
         "its error over the limit that it must keep.",
         "## Targets",
         targets_table(book),

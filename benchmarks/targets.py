@@ -55,25 +55,22 @@ def best_over_bare(entry: Entry) -> float | None:
 
 def of_copy(entry: Entry) -> float | None:
     """Share of the copy bandwidth of the same run."""
-    return _share(entry, "copy")
+    ours = entry.of(OURS)
+    if ours is None:
+        return None
+    return ours["bytes"] / ours["median"] / entry.header["ceilings"]["copy"]
 
 
 def of_read(entry: Entry) -> float | None:
-    """Share of the read bandwidth of the same run."""
-    return _share(entry, "read")
+    """Time of reading the input once over ours, interleaved: a shared machine drifts."""
+    ours, read = entry.of(OURS), entry.of("read")
+    return read["median"] / ours["median"] if ours and read else None
 
 
 def over_full_forward(entry: Entry) -> float | None:
     """The tracked base model over the plain forward with its head."""
     ours, full = entry.of(OURS), entry.of("base model and head")
     return ours["median"] / full["median"] if ours and full else None
-
-
-def _share(entry: Entry, ceiling: str) -> float | None:
-    ours = entry.of(OURS)
-    if ours is None:
-        return None
-    return ours["bytes"] / ours["median"] / entry.header["ceilings"][ceiling]
 
 
 def times_faster(*providers: str) -> Callable[[Entry], float | None]:

@@ -170,13 +170,26 @@ def test_targets_are_held_against_the_right_machine_and_shape(place):
     assert line.endswith("| 1.050 **missed** (NVIDIA H100 80GB HBM3) |")
 
 
-def test_a_share_of_bandwidth_is_computed_from_the_ceilings_of_the_run(place):
-    size = 8192 * 2048 * 4
-    rows = results("a1", "rows", ("swkernels", "ours", size / 1e10), shape=(8192, 2048), bytes=size)
+def test_a_share_of_bandwidth_is_that_of_the_read_beside_it(place):
+    rows = results(
+        "a1", "rows", ("read", "bare", 1e-3), ("swkernels", "ours", 2e-3), shape=(8192, 2048)
+    )
     records.write(place.path, header(), rows)
     readme, _ = place.pages()
     line = line_of(readme, "share of the read bandwidth")
     assert line.endswith("| 0.500 **missed** (Some CPU, 2 cores) |")
+
+
+def test_a_share_of_copy_bandwidth_is_computed_from_the_ceilings_of_the_run(place):
+    size, copy = 16384 * 14336 * 2, header()["ceilings"]["copy"]
+    rows = results(
+        "a1", "rows", ("swkernels", "ours", size / copy / 0.9), shape=(16384, 14336),
+        dtype="bfloat16", bytes=size,
+    )  # fmt: skip
+    records.write(place.path, header(device=H100), rows)
+    readme, _ = place.pages()
+    line = line_of(readme, "share of the copy bandwidth")
+    assert line.endswith("| 0.900 (NVIDIA H100 80GB HBM3) |")
 
 
 def test_check_passes_after_a_write_and_fails_when_anything_changes(place, capsys):
