@@ -18,6 +18,7 @@ from benchmarks.suites import OPERATIONS, cases
 from swkernels import backends, ops
 from swkernels.errors import InvalidInput
 
+WHOLE_MODELS = {"tracked_model", "sparse_training"}
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(1e10, 1e10, {"float32": 1e11, "bfloat16": 1e11, "float16": 1e11})
 TINY = ("tiny",), "down_proj"
@@ -157,7 +158,7 @@ def test_the_dry_run_of_the_gpu_suite_passes_over_every_operation(monkeypatch, t
     assert found.header["dry"] and found.header["suite"] == "gpu"
     assert found.header["ceilings"]["copy"] > 0
     measured = {r["op"] for r in found.results if r["provider"] == "swkernels"}
-    assert measured == set(OPERATIONS) - {"tracked_model", "sparse_training"}  # whole models
+    assert measured == set(OPERATIONS) - WHOLE_MODELS
     assert {r["status"] for r in found.results if r["role"] == "ours"} == {"ok"}
     fused = [r for r in found.results if r["provider"] == "swkernels (triton, fused)"]
     assert len(fused) == 2
@@ -211,7 +212,7 @@ def test_a_dry_run_needs_a_file(capsys):
 def test_cases_are_distinct_and_quick_ones_come_first(suite, quick):
     labels = [(case.op, case.label) for case in cases(suite, CPU, quick=quick)]
     assert len(set(labels)) == len(labels)
-    assert {op for op, _ in labels} == set(OPERATIONS) - {"tracked_model"}
+    assert {op for op, _ in labels} == set(OPERATIONS) - WHOLE_MODELS
     first = [(case.op, case.label) for case in cases(suite, CPU, quick=True)]
     assert labels[: len(first)] == first
 

@@ -4,6 +4,7 @@ Triton's interpreter, so that the tests themselves are tested."""
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 
 import pytest
@@ -64,6 +65,40 @@ def run_linear(x, variant):
     return y, in_keys, out_keys
 
 
+@cache
+def listed(rows, columns, device):
+    """Every seventh entry of a matrix: the sorted coordinates, and the matrix of their deltas."""
+    flat = torch.arange(0, rows * columns, 7)
+    values = normal(len(flat), seed=8)
+    deltas = torch.zeros(rows, columns)
+    deltas.view(-1)[flat] = values
+    pattern, _ = ops.SparsePattern.sort(flat // columns, flat % columns, (rows, columns))
+    moved = [getattr(pattern, field.name) for field in dataclasses.fields(pattern)[1:]]
+    pattern = ops.SparsePattern((rows, columns), *(tensor.to(device) for tensor in moved))
+    return pattern, values.to(device), deltas.to(device)
+
+
+def halves(x):
+    """x [T, 2 C] as dy and x of a layer [C, C], and its coordinates."""
+    left, right = x.chunk(2, dim=1)
+    return left, right, listed(right.shape[1], right.shape[1], x.device)
+
+
+def run_sampled(x, backend):
+    dy, right, (pattern, _, _) = halves(x)
+    return (ops.sampled_grad(dy, right, pattern.rows, pattern.cols, backend=backend),)
+
+
+def run_sparse(x, backend):
+    y, right, (pattern, values, _) = halves(x)
+    return (ops.pattern_linear(right, y.clone(), values, pattern, inplace=True, backend=backend),)
+
+
+def run_masked(x, backend):
+    pattern = listed(*x.shape, x.device)[0]
+    return (ops.masked_grad_(x.clone(), pattern.rows, pattern.cols, 0.5, backend=backend),)
+
+
 # Each kernel: what runs it, and the name by which that knows it.
 KERNELS = {
     "column_absmax-triton": (run_column, "triton"),
@@ -71,6 +106,9 @@ KERNELS = {
     "glu_absmax-triton": (run_glu, "triton"),
     "linear_absmax-pointers": (run_linear, "pointers"),
     "linear_absmax-descriptors": (run_linear, "descriptors"),
+    "sampled_grad-triton": (run_sampled, "triton"),
+    "sparse_linear-triton": (run_sparse, "triton"),
+    "masked_grad-triton": (run_masked, "triton"),
 }
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -99,6 +137,9 @@ def check(kernel, x, found):
         assert torch.equal(found[0].cpu(), expected_keys(x))
         return
     value = found[0]
+    if not kernel.startswith(("glu", "linear")):
+        check_at_coordinates(kernel, x.to(value.device), value)
+        return
     assert torch.equal(found[-1].cpu(), expected_keys(value.cpu()))
     if kernel.startswith("glu"):
         gate, up = x.to(value.device).chunk(2, dim=1)
@@ -110,6 +151,23 @@ def check(kernel, x, found):
         exact, theirs = F.linear(x.double(), weight.double()), F.linear(x, weight)
     if value.numel():
         assert (value - exact).norm() <= 2 * (theirs - exact).norm()
+
+
+def check_at_coordinates(kernel, x, value):
+    if kernel.startswith("masked"):
+        pattern = listed(*x.shape, x.device)[0]
+        x[pattern.rows.long(), pattern.cols.long()] *= 0.5
+        assert torch.equal(value, x)
+        return
+    left, right, (pattern, _, deltas) = halves(x)
+    if kernel.startswith("sampled"):
+        index = pattern.rows.long(), pattern.cols.long()
+        exact = (left.double().T @ right.double())[index]
+        theirs = (left.T @ right)[index]
+    else:
+        exact = left.double() + right.double() @ deltas.double().T
+        theirs = left + right @ deltas.to(right.dtype).T
+    assert (value - exact).norm() <= 2 * (theirs - exact).norm()
 
 
 @each_kernel
