@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .output import OutputDirectory, make_console
+from . import trained
+from .output import OutputDirectory
 
-SCHEMA = "swkernels.train/1"
 _STATE = "state.safetensors"
 
 # The defaults shown are those of swkernels.train.loop.Settings; a test compares.
@@ -81,75 +78,95 @@ def train(
     """Train chosen weights of MODEL and nothing else of it."""
     from swkernels.detect import loading
     from swkernels.train import loop, sparse
-    from swkernels.train.data import read_examples
+    from swkernels.train.data import read_examples, read_source
 
     given = {
         "steps": steps, "epochs": epochs, "batch_size": batch_size, "accumulate": accumulate,
         "learning_rate": learning_rate, "warmup": warmup, "weight_decay": weight_decay,
         "clip": clip, "optimizer": optimizer, "seed": seed, "save_every": save_every,
     }  # fmt: skip
-    settings = loop.Settings(**{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = loop.Settings(**given)
     choices = {
         "--coordinates": coordinates, "--catalogue": catalogue, "--magnitude": magnitude,
         "--random": random,
     }  # fmt: skip
-    _check(choices, export or [], output, resume)
+    exports = list(dict.fromkeys(export or []))
+    _check(choices, neighborhood, length, given, exports, output, resume)
+    listed = None if coordinates is None else _read_coordinates(coordinates)
+    source = read_source(data)
+    eval_source = None if eval_data is None else read_source(eval_data)
     started = time.perf_counter()
-    console = make_console()
+    state = output / _STATE
     with OutputDirectory(output) as folder:
-        console.print("loading the model")
+        trained.say("loading the model")
         loaded, tokenizer, fingerprint = loading.load_model(
             model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        chosen = _choose(choices, neighborhood, settings.seed, loaded)
-        examples = read_examples(data, tokenizer, length)
-        held_out = None if eval_data is None else read_examples(eval_data, tokenizer, length)
+        chosen = listed or _choose(choices, settings.seed, loaded)
+        chosen = chosen.neighborhood(neighborhood) if neighborhood else chosen
+        examples = read_examples(source, tokenizer, length)
+        held_out = read_examples(eval_source, tokenizer, length) if eval_source else []
+        _check_model(loaded, [*examples, *held_out], checkpointing)
         if checkpointing:
-            options = {"use_reentrant": False}
-            loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            _save_memory(loaded)
         handle = sparse(loaded, chosen)
-        before = _evaluate(held_out, loaded, settings)
-        console.print(f"training {len(chosen)} weights on {len(examples)} sequences", markup=False)
-        with _progress(settings.count(len(examples))) as on_step:
-            state = output / _STATE
-            losses = loop.fit(handle, examples, settings, state=state, on_step=on_step)
-        after = _evaluate(held_out, loaded, settings)
-        evaluated = None if held_out is None else (before, after)
+        _check_exports(handle, exports)
+        before = loop.mean_loss(loaded, held_out, settings.batch_size) if held_out else None
+        trained.say(f"training {len(chosen)} weights on {len(examples)} sequences")
+        with trained.progress(settings.count(len(examples)), state) as steps_done:
+            losses = loop.fit(handle, examples, settings, state=state, on_step=steps_done)
+        after = loop.mean_loss(loaded, held_out, settings.batch_size) if held_out else None
         document = {
-            "schema": SCHEMA,
+            "schema": trained.SCHEMA,
             "model": model,
             "fingerprint": fingerprint,
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "device": str(next(loaded.parameters()).device),
             "data": data,
+            "eval_data": eval_data,
             "coordinates": len(chosen),
             "weights": len(chosen.weights),
             "sequences": len(examples),
             "length": length,
+            "checkpointing": checkpointing,
             "settings": asdict(settings),
             "losses": losses,
-            "evaluation": evaluated,
+            "evaluation": [before, after] if held_out else None,
             "largest_delta": max(float(v.detach().abs().max()) for v in handle.parameters()),
+            "seconds_per_step": steps_done.seconds_per_step(),
             "seconds": round(time.perf_counter() - started, 1),
-            "versions": _versions(),
+            "versions": trained.versions(),
         }
-        exported = _export(handle, export or [], output)
-        folder.write(_writers(handle, document))
+        exported = trained.export(handle, exports, output)
+        folder.write(trained.writers(handle, document))
+        # Only now: whatever failed above can be tried again with --resume, without training anew.
         state.unlink(missing_ok=True)
-    _show(document, [*folder.written, *exported], console)
+    trained.show(document, [*folder.written, *exported])
 
 
-def _check(choices: dict, export: list[str], output: Path, resume: bool) -> None:
-    """Refuse what cannot work before a model is loaded."""
+def _check(
+    choices: dict, radius: int, length: int, given: dict, exports: list[str], output: Path,
+    resume: bool,
+) -> None:  # fmt: skip
+    """Refuse what cannot work before a text or a model is read."""
     from swkernels.errors import InvalidInput
 
-    given = [name for name, value in choices.items() if value is not None]
-    if len(given) != 1:
+    named = [name for name, value in choices.items() if value is not None]
+    if len(named) != 1:
         raise InvalidInput(
             f"expected one of {', '.join(choices)} to say which weights are trained, got "
-            f"{', '.join(given) or 'none'}"
+            f"{', '.join(named) or 'none'}"
         )
-    unknown = set(export) - {"lora", "checkpoint"}
+    if radius < 0:
+        raise InvalidInput(f"--neighborhood must be at least 0, got {radius}")
+    if length < 2:
+        raise InvalidInput(f"--length must be at least 2, got {length}")
+    if "steps" in given and "epochs" in given:
+        raise InvalidInput("--steps and --epochs exclude each other: give one of them")
+    unknown = sorted(set(exports) - set(trained.EXPORTS))
     if unknown:
-        raise InvalidInput(f"--export must be lora or checkpoint, got {', '.join(sorted(unknown))}")
+        raise InvalidInput(f"--export must be lora or checkpoint, got {', '.join(unknown)}")
     interrupted = (output / _STATE).exists()
     if interrupted and not resume:
         raise InvalidInput(
@@ -160,101 +177,62 @@ def _check(choices: dict, export: list[str], output: Path, resume: bool) -> None
         raise InvalidInput(f"{output} holds no interrupted run: leave out --resume")
 
 
-def _choose(choices: dict, radius: int, seed: int, model):
+def _read_coordinates(path: Path):
+    """The coordinates of a file or of a scan's report."""
+    from swkernels.train import Coordinates
+    from swkernels.train.files import SCHEMA, read_json
+
+    document = read_json(path) if path.suffix.lower() == ".json" else None
+    is_report = isinstance(document, dict) and document.get("schema") != SCHEMA
+    return Coordinates.from_report(document) if is_report else Coordinates.load(path)
+
+
+def _choose(choices: dict, seed: int, model):
     """The coordinates that the options name, in this model."""
     from swkernels.train import Coordinates
-    from swkernels.train.files import SCHEMA as COORDINATES
-    from swkernels.train.files import read_json
 
-    name, value = next((name, value) for name, value in choices.items() if value is not None)
-    if name == "--catalogue":
-        chosen = Coordinates.from_catalogue(value, model)
-    elif name == "--magnitude":
-        chosen = Coordinates.from_magnitude(model, value)
-    elif name == "--random":
-        chosen = Coordinates.random(model, value, seed=seed)
-    else:
-        is_json = value.suffix.lower() == ".json"
-        document = read_json(value) if is_json else None
-        is_report = isinstance(document, dict) and document.get("schema") != COORDINATES
-        chosen = Coordinates.from_report(document) if is_report else Coordinates.load(value)
-    return chosen.neighborhood(radius) if radius else chosen
+    if choices["--catalogue"] is not None:
+        return Coordinates.from_catalogue(choices["--catalogue"], model)
+    if choices["--magnitude"] is not None:
+        return Coordinates.from_magnitude(model, choices["--magnitude"])
+    return Coordinates.random(model, choices["--random"], seed=seed)
 
 
-def _evaluate(examples, model, settings) -> float | None:
-    from swkernels.train.loop import mean_loss
+def _check_model(model, examples: list, checkpointing: bool) -> None:
+    """Refuse a model that cannot be trained on these sequences, before a step fails halfway."""
+    from swkernels.detect.samples import check_vocabulary
+    from swkernels.errors import InvalidInput
 
-    return None if examples is None else mean_loss(model, examples, settings.batch_size)
-
-
-@contextmanager
-def _progress(steps: int) -> Iterator:
-    """Yield ``on_step``: a bar with the loss on a terminal, else a line for each tenth."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True, highlight=False)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal,
-    ) as bars:  # fmt: skip
-        task = bars.add_task("loss", total=steps)
-
-        def on_step(done: int, total: int, loss: float) -> None:
-            bars.update(task, completed=done, description=f"loss {loss:.4f}")
-            if not console.is_terminal and (done == total or done % max(1, total // 10) == 0):
-                console.print(f"step {done} of {total}: loss {loss:.4f}")
-
-        yield on_step
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise InvalidInput(
+            f"{name} is an encoder and a decoder, which predict no text that goes on: give a "
+            "decoder, or train it with swkernels.train.sparse and a trainer of yours"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(example.ids) for example in examples)
+    if positions is not None and longest > positions:
+        raise InvalidInput(
+            f"sequences of {longest} tokens do not fit the {positions} positions of {name}: give "
+            f"--length {positions} or less"
+        )
+    check_vocabulary(model, [example.ids for example in examples])
+    if checkpointing and not model.supports_gradient_checkpointing:
+        raise InvalidInput(f"{name} cannot recompute activations: leave out --checkpointing")
 
 
-def _export(handle, export: list[str], output: Path) -> list[Path]:
-    from swkernels.train import to_checkpoint, to_lora
-
-    writers = {"lora": to_lora, "checkpoint": to_checkpoint}
-    for name in export:
-        writers[name](handle, output / name)
-    return [output / name for name in export]
+def _save_memory(model) -> None:
+    # transformers 5 renamed the method on the way.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
+def _check_exports(handle, exports: list[str]) -> None:
+    """Refuse before training what could not be exported after it."""
+    from swkernels.train.export import lora_rank
 
-    return {name: version(name) for name in ("torch", "transformers")}
-
-
-def _writers(handle, document: dict) -> dict:
-    """What writes each file; train.json last, as the sign of success."""
-    from swkernels.train.files import write_atomically
-    from swkernels.train.plot import loss_png
-
-    figure = loss_png(document["losses"], document["evaluation"])
-    text = json.dumps(document, indent=2) + "\n"
-    return {
-        "adapter.safetensors": handle.save,
-        "coordinates.json": handle.coordinates.save,
-        "loss.png": lambda path: write_atomically(path, figure),
-        "train.json": lambda path: write_atomically(path, text.encode()),
-    }
-
-
-def _show(document: dict, written: list[Path], console) -> None:
-    losses = document["losses"]
-    console.print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps")
-    if document["evaluation"]:
-        before, after = document["evaluation"]
-        console.print(f"evaluation loss {before:.4f} -> {after:.4f}")
-    console.print(
-        f"{document['coordinates']} weights in {document['weights']} matrices, largest change "
-        f"{document['largest_delta']:.3g}, {document['seconds']:.0f} s"
-    )
-    for path in written:
-        console.print(str(path), soft_wrap=True, markup=False)
+    if "lora" in exports:
+        lora_rank(handle)
+    if "checkpoint" in exports:
+        for site in handle.values():
+            handle.target(site).matrix()

@@ -27,13 +27,28 @@ class Example(NamedTuple):
     labels: torch.Tensor
 
 
-def read_examples(source: str | Path, tokenizer, length: int) -> list[Example]:
+class Source(NamedTuple):
+    """A data set that was read; one of the two lists is None.
+
+    Attributes:
+        name: where it came from.
+        texts: to be joined and cut into blocks.
+        pairs: line in the file, prompt and completion.
+    """
+
+    name: str
+    texts: list[str] | None
+    pairs: list[tuple[int, str, str]] | None
+
+
+def read_examples(source: str | Path | Source, tokenizer, length: int) -> list[Example]:
     """Read a data set and cut it into sequences of at most ``length`` tokens.
 
     Args:
         source: a .txt file, or a .jsonl file of objects with a "text", or a Hugging Face data set:
             texts are joined, each ended by EOS, and cut into blocks. Or a .jsonl file of objects
             with a "prompt" and a "completion": one sequence each, in which the completion counts.
+            Or what ``read_source`` returned.
         tokenizer: of Hugging Face's kind.
         length: tokens of a sequence, at least 2.
 
@@ -42,18 +57,29 @@ def read_examples(source: str | Path, tokenizer, length: int) -> list[Example]:
     """
     if length < 2:
         raise InvalidInput(f"the length must be at least 2 tokens, got {length}")
-    pairs = _pairs(source)
+    name, texts, pairs = source if isinstance(source, Source) else read_source(source)
     if pairs is not None:
-        return [_of_pair(source, *pair, tokenizer, length) for pair in pairs]
+        return [_of_pair(name, *pair, tokenizer, length) for pair in pairs]
     stream: list[int] = []
-    for text in read_dataset(str(source)):
+    for text in texts:
         if text.strip():
             stream += _ended(list(tokenizer(text, verbose=False)["input_ids"]), tokenizer)
     blocks = [torch.tensor(stream[i : i + length]) for i in range(0, len(stream), length)]
     examples = [Example(block, block) for block in blocks if len(block) > 1]
     if not examples:
-        raise InvalidInput(f"{source} is shorter than 2 tokens: give a longer text")
+        raise InvalidInput(f"{name} is shorter than 2 tokens: give a longer text")
     return examples
+
+
+def read_source(source: str | Path) -> Source:
+    """Read a data set without its tokens: what is wrong with it is known before a model is loaded.
+
+    Raises:
+        InvalidInput: not there, unreadable, or without text.
+    """
+    pairs = _pairs(source)
+    texts = read_dataset(str(source)) if pairs is None else None
+    return Source(str(source), texts, pairs)
 
 
 def collate(examples: Sequence[Example], device: torch.device) -> dict[str, torch.Tensor]:

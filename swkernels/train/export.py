@@ -36,16 +36,9 @@ def to_lora(handle: SparseHandle, folder: str | Path, *, max_rank: int = 64) -> 
         InvalidInput: the deltas need a larger rank, or lie in experts or transposed weights, for
             which PEFT's LoRA files have no such form; nothing is written.
     """
+    rank = lora_rank(handle, max_rank)
     sites = list(handle.values())
-    for site in sites:
-        handle.target(site).check_for_lora()
     factors = {site: _factors(handle, site) for site in sites}
-    rank = max(a.shape[0] for a, _ in factors.values())
-    if rank > max_rank:
-        raise InvalidInput(
-            f"the deltas have rank {rank}, more than max_rank = {max_rank}: they touch as many "
-            "different rows and columns of a weight; export a checkpoint instead"
-        )
     tensors = {}
     for site, (a, b) in factors.items():
         prefix = f"base_model.model.{site.name}"
@@ -72,6 +65,24 @@ def to_lora(handle: SparseHandle, folder: str | Path, *, max_rank: int = 64) -> 
         (aside / "adapter_config.json").write_text(text, encoding="utf-8")
 
     _in_folder(Path(folder), "adapter_config.json", write)
+    return rank
+
+
+def lora_rank(handle: SparseHandle, max_rank: int = 64) -> int:
+    """The rank that ``to_lora`` will need: it follows from the coordinates, before any training.
+
+    Raises:
+        InvalidInput: as ``to_lora``.
+    """
+    for site in handle.values():
+        handle.target(site).check_for_lora()
+    weights = handle.coordinates.weights.values()
+    rank = max(min(len(w[:, 0].unique()), len(w[:, 1].unique())) for w in weights)
+    if rank > max_rank:
+        raise InvalidInput(
+            f"the deltas have rank {rank}, more than max_rank = {max_rank}: they touch as many "
+            "different rows and columns of a weight; export a checkpoint instead"
+        )
     return rank
 
 

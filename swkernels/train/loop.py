@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ from swkernels.errors import InvalidInput
 
 from .data import Example, collate, predictions
 from .files import write_atomically
+from .fingerprint import fingerprint
 from .sparse import SparseHandle
 
 _SCHEMA = "swkernels.train-state/1"
@@ -104,8 +106,11 @@ def fit(
         examples: of ``read_examples``.
         settings: how.
         state: a file for the state: gone on from where it is there, written every
-            ``settings.save_every`` steps and when the run ends early, for whatever reason.
+            ``settings.save_every`` steps and when the run ends, for whatever reason. It is left
+            there; of a run that is complete it gives the values back without a step.
         on_step: called with the steps done, all steps, and the loss of the last.
+
+    PyTorch's random generators are seeded with ``settings.seed``.
 
     Returns:
         The loss of every step in nats, those before an interruption too.
@@ -124,24 +129,25 @@ def fit(
     losses: list[float] = []
     if state is not None and state.exists():
         losses = _restore(state, key, parameters, optimizer)
-    good = _snapshot(parameters, optimizer, losses)
+    good = len(losses), _snapshot(parameters, optimizer)
     was_training = model.training
     model.train()
     try:
         while len(losses) < steps:
             loss = _step(model, parameters, optimizer, examples, settings, len(losses), steps)
             losses.append(loss)
-            good = _snapshot(parameters, optimizer, losses)
-            if state is not None and len(losses) % settings.save_every == 0:
-                _write(state, key, good, losses)
+            good = len(losses), _snapshot(parameters, optimizer)
+            due = len(losses) % settings.save_every == 0 or len(losses) == steps
+            if state is not None and due:
+                _write(state, key, good[1], losses)
             on_step(len(losses), steps, loss)
     except BaseException:
-        done = len(good["losses"])
+        done, tensors = good
         with torch.no_grad():
             for number, parameter in enumerate(parameters):
-                parameter.copy_(good[f"{number}.value"])
+                parameter.copy_(tensors[f"{number}.value"])
         if state is not None and done:
-            _write(state, key, good, losses[:done])
+            _write(state, key, tensors, losses[:done])
         raise
     finally:
         model.train(was_training)
@@ -200,11 +206,13 @@ def _order(count: int, first: int, size: int, seed: int) -> list[int]:
     found = []
     for place in range(first, first + size):
         epoch, index = divmod(place, count)
-        if not found or index == 0:
-            generator = torch.Generator().manual_seed(seed + epoch)
-            order = torch.randperm(count, generator=generator).tolist()
-        found.append(order[index])
+        found.append(int(_permutation(count, seed + epoch)[index]))
     return found
+
+
+@functools.lru_cache(maxsize=2)  # a step may span two passes; drawing anew each step is slow
+def _permutation(count: int, seed: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def _optimizer(parameters, settings: Settings) -> torch.optim.Optimizer:
@@ -214,18 +222,21 @@ def _optimizer(parameters, settings: Settings) -> torch.optim.Optimizer:
 
 def _key(handle: SparseHandle, examples: Sequence[Example], settings: Settings) -> dict:
     """What a state must have been made with, as JSON has it."""
-    data, listed = hashlib.sha256(), hashlib.sha256()
+    data, listed, base = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     for example in examples:
         data.update(example.ids.numpy().tobytes() + example.labels.numpy().tobytes())
     for site, pairs in handle.coordinates.weights.items():
         listed.update(str(site).encode() + pairs.numpy().tobytes())
+        base.update(str(fingerprint(handle.target(site), pairs)).encode())
     found = {name: value for name, value in asdict(settings).items() if name != "save_every"}
-    return found | {"data": data.hexdigest()[:16], "coordinates": listed.hexdigest()[:16]}
+    digests = {"data": data, "coordinates": listed, "base": base}
+    found |= {name: digest.hexdigest()[:16] for name, digest in digests.items()}
+    return found | {"dtype": str(next(handle.model.parameters()).dtype)}
 
 
-def _snapshot(parameters, optimizer, losses: list[float]) -> dict[str, torch.Tensor]:
+def _snapshot(parameters, optimizer) -> dict[str, torch.Tensor]:
     """Everything that the next step depends on, copied."""
-    found = {"losses": torch.tensor(losses, dtype=torch.float64), "rng": torch.get_rng_state()}
+    found = {"rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         found["cuda_rng"] = torch.cuda.get_rng_state()
     for number, parameter in enumerate(parameters):
@@ -239,6 +250,7 @@ def _write(path: Path, key: dict, good: dict, losses: list[float]) -> None:
     from safetensors.torch import save
 
     tensors = {name: value.cpu().contiguous() for name, value in good.items()}
+    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
     metadata = {"schema": _SCHEMA, "step": str(len(losses)), "key": json.dumps(key)}
     write_atomically(path, save(tensors, metadata))
 
@@ -259,8 +271,8 @@ def _restore(path: Path, key: dict, parameters, optimizer) -> list[float]:
     other = [name for name in key if found.get(name) != key[name]]
     if other:
         raise InvalidInput(
-            f"{path} is the state of another run, its {', '.join(other)} differ: give the same, "
-            "or begin anew elsewhere"
+            f"{path} is the state of a run with another {', '.join(other)}: give the same, or "
+            "begin anew elsewhere"
         )
     torch.set_rng_state(tensors["rng"])
     if "cuda_rng" in tensors and torch.cuda.is_available():

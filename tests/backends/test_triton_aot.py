@@ -188,10 +188,13 @@ def test_what_the_tensor_cores_do_not_multiply_is_caught(compiled):
             assert complaints(other, compiled[build], budget_of(compiled[build])) == expected
 
 
+GATHERING = {"sampled_grad", "sparse_linear", "masked_grad"}  # element by element, as listed
+
+
 def test_narrow_loads_are_caught(compiled):
     """With strides of 1 everywhere nothing can be loaded widely: held to that, it fails."""
     scalar = [build for build in BUILDS if "ones" in build.mode]
-    assert {build.op for build in scalar} == set(aot.DTYPES)
+    assert {build.op for build in scalar} == set(aot.DTYPES) - GATHERING
     for build in scalar:
         other = replace(build, mode=tuple(mode for mode in build.mode if mode != "ones"))
         found = complaints(other, compiled[build], budget_of(compiled[build]))

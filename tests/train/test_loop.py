@@ -171,14 +171,60 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, error, optimizer):
     assert seen == [4, 5, 6] and equal(resumed, whole)
 
 
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adafactor"])
+def test_a_step_that_is_cut_in_two_is_undone(tmp_path, monkeypatch, optimizer):
+    settings = loop.Settings(
+        steps=5, batch_size=2, learning_rate=0.01, optimizer=optimizer.lower()
+    )  # fmt: skip
+    whole = run(settings)
+    state, model = tmp_path / "state.safetensors", tiny_model("llama")
+    handle = sparse(model, Coordinates.random(model, 30, seed=1))
+    kept, real = [], getattr(torch.optim, optimizer).step
+
+    def cut(self, *args):
+        if len(kept) == 3:
+            real(self, *args)
+            raise KeyboardInterrupt
+        real(self, *args)
+        kept.append([value.detach().clone() for value in handle.parameters()])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(torch.optim, optimizer), "step", cut)
+        with pytest.raises(KeyboardInterrupt):
+            loop.fit(handle, examples(), settings, state=state)
+    assert all(torch.equal(a, b) for a, b in zip(kept[-1], handle.parameters()))
+    assert equal(run(settings, state=state), whole)
+
+
+def test_the_optimizer_gets_the_rate_of_each_step(monkeypatch):
+    rates, real = [], torch.optim.AdamW.step
+
+    def step(self, *args):
+        rates.append(self.param_groups[0]["lr"])
+        return real(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    settings = loop.Settings(steps=5, batch_size=2, learning_rate=0.01, warmup=0.4)
+    run(settings)
+    assert rates == [settings.rate(n, 5) for n in range(5)] and len(set(rates)) == 4
+
+
 def test_a_killed_run_goes_on_from_what_was_saved(tmp_path, monkeypatch):
     settings = loop.Settings(steps=5, batch_size=2, learning_rate=0.01, save_every=2)
     whole = run(settings)
     state, real, written = tmp_path / "state.safetensors", loop._write, []
     monkeypatch.setattr(loop, "_write", lambda *a: (real(*a), written.append(state.read_bytes())))
     run(settings, state=state)
-    assert len(written) == 2
+    assert len(written) == 3  # after 2 and 4 steps, and at the end
     state.write_bytes(written[0])  # as if the process had been killed after it
+    assert equal(run(settings, state=state), whole)
+
+
+def test_a_complete_run_is_given_back_without_a_step(tmp_path, monkeypatch):
+    settings = loop.Settings(steps=3, batch_size=2, learning_rate=0.01)
+    state = tmp_path / "state.safetensors"
+    whole = run(settings, state=state)
+    monkeypatch.setattr(loop, "_step", None)
     assert equal(run(settings, state=state), whole)
 
 
@@ -228,18 +274,26 @@ def test_what_is_not_finite_stops_and_the_last_good_values_stay(tmp_path, what):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"learning_rate": 0.02}, "learning_rate"), ({"data": 1}, "data"), ({"k": 9}, "coordinates")],
+    [
+        ({"learning_rate": 0.02}, "learning_rate"),
+        ({"data": 1}, "data"),
+        ({"k": 9}, "coordinates, base"),
+        ({"scale": 1.5}, "base"),
+        ({"dtype": torch.float64}, "dtype"),
+    ],
 )
 def test_the_state_of_another_run_is_refused(tmp_path, change, named):
     settings = loop.Settings(steps=2, batch_size=2, learning_rate=0.01, save_every=1)
     state = tmp_path / "state.safetensors"
     run(settings, state=state)
     before = state.read_bytes()
-    model = tiny_model("llama")
+    model = tiny_model("llama").to(change.get("dtype", torch.float32))
+    for parameter in model.parameters():
+        parameter.data *= change.get("scale", 1)
     handle = sparse(model, Coordinates.random(model, change.get("k", 30), seed=1))
     rate = change.get("learning_rate", 0.01)
     other = loop.Settings(steps=2, batch_size=2, learning_rate=rate)
-    with pytest.raises(InvalidInput, match=f"another run, its {named} differ"):
+    with pytest.raises(InvalidInput, match=f"a run with another {named}: give"):
         loop.fit(handle, examples(seed=change.get("data", 0)), other, state=state)
     assert state.read_bytes() == before
     assert not any(value.any() for value in handle.parameters())
