@@ -65,7 +65,8 @@ int main() {
   for (int isa = SWK_ISA_SCALAR; isa <= SWK_ISA_AVX512; ++isa) {
     if (!swk_cpu_isa(isa)) continue;
     for (int dtype = SWK_FLOAT32; dtype <= SWK_FLOAT16; ++dtype) {
-      for (int64_t T : {0, 1, 9, 30}) for (int64_t C : {1, 63, 700, 20011}) {
+      for (int64_t T : {0, 1, 9, 30, 70}) for (int64_t C : {1, 63, 700, 20011}) {
+        if (T == 70 && C > 700) continue;  // it takes long
         const size_t bytes = static_cast<size_t>(T * C) * (dtype == SWK_FLOAT32 ? 4 : 2);
         // Of exactly the size, so that a read or a write past the end is an error.
         std::vector<unsigned char> x(bytes), h(bytes);
@@ -78,6 +79,24 @@ int main() {
           status |= swk_cpu_glu_absmax(x.data(), C, x.data(), C, h.data(), C, dtype, act, T, C,
                                        keys.data(), index, 3, 2, isa);
         }
+        if (status) return std::printf("status %d", status), 1;
+      }
+      for (int64_t T : {0, 1, 600}) for (int64_t k : {1, 40, 17000}) {
+        const int64_t D = 130, H = 140, size = dtype == SWK_FLOAT32 ? 4 : 2;
+        const auto bytes = [&](int64_t n) { return static_cast<size_t>(n * size); };
+        std::vector<unsigned char> x(bytes(T * H)), y(bytes(T * D)), grad(bytes(D * H));
+        std::vector<int32_t> rows(static_cast<size_t>(k)), cols(static_cast<size_t>(k));
+        for (int64_t i = 0; i < k; ++i) {  // sorted, different
+          rows[static_cast<size_t>(i)] = static_cast<int32_t>(i * (D * H / k) / H);
+          cols[static_cast<size_t>(i)] = static_cast<int32_t>(i * (D * H / k) % H);
+        }
+        std::vector<float> values(static_cast<size_t>(k), 0.5f);
+        int status = swk_cpu_sampled_grad(y.data(), dtype, D, x.data(), dtype, H, T, D, H,
+                                          rows.data(), cols.data(), k, values.data(), 2, isa);
+        status |= swk_cpu_sparse_linear(x.data(), dtype, H, y.data(), dtype, D, T, D, H,
+                                        values.data(), rows.data(), cols.data(), k, 2, isa);
+        status |= swk_cpu_masked_grad(grad.data(), dtype, H, D, H, rows.data(), cols.data(), k,
+                                      0.5f, 2, isa);
         if (status) return std::printf("status %d", status), 1;
       }
     }
