@@ -42,11 +42,12 @@ def test_python_declares_what_the_header_does():
     """As many arguments, of the same kinds, in the same order."""
     header = re.sub(r"//.*", "", (CSRC / "swkernels.h").read_text())
     declared = dict(re.findall(r"SWK_API int (swk_\w+)\(([^)]*)\)", header))
-    kinds = {"void*": "c_void_p", "int64_t*": "c_void_p", "int": "c_int", "int64_t": "c_long"}
+    kinds = {"int": "c_int", "int64_t": "c_long", "float": "c_float"}
 
     def of_header(name):
         types = [re.sub(r"\bconst\b", "", a).split() for a in declared[name].split(",")]
-        return [kinds["".join(words[:-1])] for words in types]
+        names = ["".join(words[:-1]) for words in types]
+        return ["c_void_p" if name.endswith("*") else kinds[name] for name in names]
 
     signatures = cpu._SIGNATURES | cuda._SIGNATURES
     for name, arguments in signatures.items():
