@@ -31,7 +31,7 @@
 #endif
 
 // Changes whenever a signature or a meaning below changes; Python refuses another number.
-#define SWK_INTERFACE_VERSION 2
+#define SWK_INTERFACE_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -125,6 +125,14 @@ SWK_API int swk_cpu_sparse_linear(const void* x, int x_dtype, int64_t x_stride, 
 SWK_API int swk_cpu_masked_grad(void* grad, int dtype, int64_t stride, int64_t D, int64_t H,
                                 const int32_t* rows, const int32_t* cols, int64_t k, float scale,
                                 int threads, int isa);
+
+// out[t - start, j] = 0 where dropout drops element (t, j) of an activation [T, N], else `scale`, for
+// the tokens [start, stop). Word j % 4 of Philox4x32-10 with the counter t * ceil(N / 4) + j / 4 and
+// the key `seed` is compared with `threshold` (below 2^32); less is dropped.
+//   out  [stop - start, N], contiguous
+// Errors: SWK_BAD_SIZE, SWK_BAD_ISA.
+SWK_API int swk_cpu_dropout(float* out, int64_t start, int64_t stop, int64_t N, int64_t seed,
+                            int64_t threshold, float scale, int threads, int isa);
 
 // Merges the per-channel peaks of x into keys, on the current CUDA device.
 //   x, keys, token_index  device pointers; otherwise as swk_cpu_column_absmax. Rows that start on

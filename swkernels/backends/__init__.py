@@ -27,6 +27,7 @@ OPERATIONS = (
     "sampled_grad",
     "sparse_linear",
     "masked_grad",
+    "lora_linear",
 )
 
 # Which backend serves a device first. `cuda` (CUDA C++) stands behind Triton until a record made
@@ -111,6 +112,7 @@ def _probe(op: str, device: str) -> tuple:
         "sampled_grad": (x, x),
         "sparse_linear": (x, x),
         "masked_grad": (x,),
+        "lora_linear": (x,),
     }[op]
 
 

@@ -3,6 +3,8 @@
 from .column_absmax import column_absmax
 from .glu_absmax import glu_absmax
 from .linear_absmax import linear_absmax
+from .lora_linear import lora_linear, lora_linears
+from .lora_mask import LoraMask
 from .masked_grad import masked_grad_
 from .pattern import SparsePattern
 from .peaks import INFINITY_KEY, Peaks, empty_keys, peaks, token_index
@@ -11,12 +13,15 @@ from .sparse_linear import pattern_linear, sparse_linear
 
 __all__ = [
     "INFINITY_KEY",
+    "LoraMask",
     "Peaks",
     "SparsePattern",
     "column_absmax",
     "empty_keys",
     "glu_absmax",
     "linear_absmax",
+    "lora_linear",
+    "lora_linears",
     "masked_grad_",
     "pattern_linear",
     "peaks",
