@@ -19,6 +19,7 @@ _EXPORTS = {
     "ScanConfig": "swkernels.detect.scan:ScanConfig",
     "ScanReport": "swkernels.detect.report:ScanReport",
     "train": "swkernels.train",
+    "accelerate_lora": "swkernels.integrations.peft:accelerate_lora",
 }
 
 __all__ = ["__version__", *_EXPORTS]

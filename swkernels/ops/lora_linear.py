@@ -96,7 +96,7 @@ def lora_linears(
     The layers share the dropout of x. The arguments are lists of one entry per layer.
     """
     for base_out, A, B, mask in zip(base_outs, As, Bs, masks):
-        _check(x, base_out, A, B, mask)
+        check_lora(x, base_out, A, B, mask)
     seed = as_seed(seed, dropout, x)
     projected = lora_project(x, As, masks, dropout, seed, backend=backend)
     return [
@@ -200,7 +200,8 @@ def as_seed(
     return torch.tensor(seed, dtype=torch.int64, device=x.device)
 
 
-def _check(x, base_out, A, B, mask) -> None:
+def check_lora(x, base_out, A, B, mask) -> None:
+    """Raise InvalidInput unless the arguments of ``lora_linear`` fit together."""
     check_activation("x", x)
     check_activation("base_out", base_out)
     for name, factor in (("A", A), ("B", B)):

@@ -16,7 +16,7 @@ from swkernels.errors import InvalidInput
 from .coordinates import Coordinates
 from .files import read_json
 from .sites import Target, find_targets
-from .weights import Site, nearest, readable
+from .weights import Site, block_of, nearest, readable
 
 _INDEX = "model.safetensors.index.json"
 # The last part of a down projection's name, where experts are stored under other names than in the
@@ -167,7 +167,7 @@ class _Catalog:
         self._shapes = tensors.shapes()
         self._in_block: dict[str, list[str]] = {}
         for key in self._shapes:
-            self._in_block.setdefault(_block(key), []).append(key)
+            self._in_block.setdefault(block_of(key), []).append(key)
 
     def find(self, site: Site, shape: tuple[int, int]) -> _Stored:
         """Return where the weight of ``site`` is stored; see ``open_weights``."""
@@ -200,7 +200,7 @@ class _Catalog:
             alike = [
                 key
                 for key in self._shapes
-                if key.endswith(f".{wanted}") or (wanted.endswith(f".{key}") and _block(key))
+                if key.endswith(f".{wanted}") or (wanted.endswith(f".{key}") and block_of(key))
             ]
             if len(alike) == 1:
                 return alike[0]
@@ -241,7 +241,7 @@ class _Catalog:
 
     def _block_of(self, name: str) -> tuple[str, str]:
         """The block of ``name`` as it is called here, and what follows it in the name."""
-        block = _block(name)
+        block = block_of(name)
         inner = name.removeprefix(block)
         if block in self._in_block:
             return block, inner
@@ -269,9 +269,3 @@ class _Catalog:
                 "transposed cannot be told from square ones; give the model instead"
             )
         return _Stored(key, "eoi" if stored[1:] == shape else "eio", shape, site.expert)
-
-
-def _block(name: str) -> str:
-    """A name up to its first number: the block that it lies in."""
-    found = re.match(r".*?\.\d+(?=\.)", name)
-    return found[0] if found else ""

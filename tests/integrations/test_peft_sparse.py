@@ -25,7 +25,8 @@ from swkernels.integrations.peft import (  # noqa: E402
     SparseCoordinateConfig,
     SparseCoordinateLayer,
 )
-from swkernels.integrations.peft.registry import NAME, register  # noqa: E402
+from swkernels.integrations.peft.config import NAME, PREFIX  # noqa: E402
+from swkernels.integrations.peft.registry import register  # noqa: E402
 from swkernels.train.coordinates import Coordinates, Site  # noqa: E402
 from swkernels.train.sparse import sparse  # noqa: E402
 from tests.models.tiny import VOCABULARY, H, I, tiny_model, token_ids  # noqa: E402
@@ -413,7 +414,7 @@ def test_registered_beside_the_methods_of_peft():
     assert list(peft.PeftType).count(NAME) == 1 and peft.PeftType(NAME) is member
     assert member.value == NAME and isinstance(member, peft.PeftType)
     assert pickle.loads(pickle.dumps(member)) is member and copy.deepcopy(member) is member
-    register(object, object)  # a second time changes nothing
+    register(NAME, object, object, PREFIX)  # a second time changes nothing
     assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[NAME] is SparseCoordinateConfig
     lora = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["down_proj"]))
     assert lora.peft_type == peft.PeftType.LORA

@@ -18,6 +18,11 @@ from swkernels.train.coordinates import Coordinates, Site
 
 from .registry import peft_type
 
+# Its own name, so that a method that PEFT itself may get one day does not clash with it.
+NAME = "SWKERNELS_SPARSE"
+# Names of parameters hold it; PEFT and transformers derive it from the name of the type.
+PREFIX = f"{NAME.lower()}_"
+
 
 @dataclass
 class SparseCoordinateConfig(PeftConfig):
@@ -48,7 +53,7 @@ class SparseCoordinateConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = peft_type()
+        self.peft_type = peft_type(NAME)
         self.base: dict[Site, str | None] = {}  # fingerprints of the base that it was trained on
         given = self.coordinates
         if isinstance(given, (str, os.PathLike)):

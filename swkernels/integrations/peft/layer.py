@@ -16,8 +16,8 @@ from swkernels.nn import SparseDelta
 from swkernels.train.sites import _FRESH_OUTPUT, Target
 from swkernels.train.sparse import SparseHandle
 
+from .config import PREFIX
 from .origin import check_origin, pack_origin
-from .registry import PREFIX
 
 VALUES = f"{PREFIX}values"
 ORIGIN = f"{PREFIX}origin"

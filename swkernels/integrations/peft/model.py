@@ -13,11 +13,10 @@ from torch import nn
 from swkernels.errors import InvalidInput
 from swkernels.train.sites import Target, find_targets
 
-from .config import SparseCoordinateConfig
+from .config import PREFIX, SparseCoordinateConfig
 from .experts import SparseExpertsLayer
 from .layer import SparseCoordinateLayer
 from .origin import base_of_target, check_base
-from .registry import PREFIX
 
 
 class SparseCoordinateModel(BaseTuner):
