@@ -134,6 +134,18 @@ SWK_API int swk_cpu_masked_grad(void* grad, int dtype, int64_t stride, int64_t D
 SWK_API int swk_cpu_dropout(float* out, int64_t start, int64_t stop, int64_t N, int64_t seed,
                             int64_t threshold, float scale, int threads, int isa);
 
+// The k entries of largest magnitude over the products of `count` pairs of factors, in descending
+// order; of equal ones the first, by product and by place; NaN before infinity. An entry is the sum
+// of its r products in double, one after the other.
+//   B, A    B[i] [D[i], r[i]] and A[i] [r[i], H[i]], contiguous float32
+//   k       at most the number of entries
+//   sums, places, which  [k], out: the entry, row * H + column, and the number of its pair
+// Errors: SWK_BAD_SIZE, SWK_BAD_ISA, SWK_OUT_OF_MEMORY.
+SWK_API int swk_cpu_topk_low_rank(const float* const* B, const float* const* A, const int64_t* D,
+                                  const int64_t* H, const int64_t* r, int64_t count, int64_t k,
+                                  double* sums, int64_t* places, int64_t* which, int threads,
+                                  int isa);
+
 // Merges the per-channel peaks of x into keys, on the current CUDA device.
 //   x, keys, token_index  device pointers; otherwise as swk_cpu_column_absmax. Rows that start on
 //                         16-byte boundaries are read 16 bytes at a time, others by the element.

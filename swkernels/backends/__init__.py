@@ -28,6 +28,7 @@ OPERATIONS = (
     "sparse_linear",
     "masked_grad",
     "lora_linear",
+    "topk_low_rank",
 )
 
 # Which backend serves a device first. `cuda` (CUDA C++) stands behind Triton until a record made
@@ -113,6 +114,7 @@ def _probe(op: str, device: str) -> tuple:
         "sparse_linear": (x, x),
         "masked_grad": (x,),
         "lora_linear": (x,),
+        "topk_low_rank": (x, x),
     }[op]
 
 

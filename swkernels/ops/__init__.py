@@ -10,12 +10,15 @@ from .pattern import SparsePattern
 from .peaks import INFINITY_KEY, Peaks, empty_keys, peaks, token_index
 from .sampled_grad import sampled_grad
 from .sparse_linear import pattern_linear, sparse_linear
+from .topk import TopK
+from .topk_low_rank import topk_low_rank
 
 __all__ = [
     "INFINITY_KEY",
     "LoraMask",
     "Peaks",
     "SparsePattern",
+    "TopK",
     "column_absmax",
     "empty_keys",
     "glu_absmax",
@@ -28,4 +31,5 @@ __all__ = [
     "sampled_grad",
     "sparse_linear",
     "token_index",
+    "topk_low_rank",
 ]

@@ -42,6 +42,10 @@ _SIGNATURES = {
     "swk_cpu_masked_grad": [
         _pointer, _int, _int64, _int64, _int64, _pointer, _pointer, _int64, _float, _int, _int,
     ],
+    "swk_cpu_topk_low_rank": [
+        _pointer, _pointer, _pointer, _pointer, _pointer, _int64, _int64, _pointer, _pointer,
+        _pointer, _int, _int,
+    ],
     "swk_cpu_dropout": [
         _pointer, _int64, _int64, _int64, _int64, _int64, _float, _int, _int,
     ],
