@@ -45,7 +45,11 @@ DTYPES = {
     "sampled_grad": FLOATS,
     "sparse_linear": FLOATS,
     "masked_grad": FLOATS,
+    "lora_linear": FLOATS,
+    "topk_low_rank": FLOATS,
 }
+# Operations of several kernels: how the one of a variant is called.
+KERNELS = {"lora_linear": "lora_{}_kernel"}
 TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tfloat32": "fp32"}
 
 
@@ -137,6 +141,8 @@ def _architecture(device: str, path: Path) -> str:
 def _modes(architecture, op, dtype, variant, *, shipped_for_all) -> Iterator[tuple[str, ...]]:
     activations = ACTIVATIONS if op == "glu_absmax" else ()
     yield from [(name,) for name in activations] or [()]
+    if op == "lora_linear":
+        yield ("mask and dropout",)
     if dtype == "bfloat16" and op.endswith("absmax"):
         yield (*activations[:1], "index")
         if shipped_for_all and architecture == "sm_90" and variant != "descriptors":
@@ -176,7 +182,8 @@ def _compile(build: Build):
     from triton.compiler import ASTSource, make_backend
 
     module = importlib.import_module(f"swkernels.backends.triton.{build.op}")
-    kernel = getattr(module, f"{build.op}_kernel")
+    pattern = KERNELS.get(build.op, f"{build.op}_kernel")
+    kernel = getattr(module, pattern.format(build.variant))
     if build.architecture.startswith("gfx"):
         target = GPUTarget("hip", build.architecture, 64)
     else:
@@ -199,6 +206,10 @@ def _compile(build: Build):
         "k",
         "tiles",
         "token_offset",
+        "threshold",
+        "first",
+        "last",
+        "capacity",
     )  # sizes that the launcher does not specialise on
     aligned = {
         (place,): [["tt.divisibility", 16]]
@@ -219,6 +230,8 @@ def _split(build: Build) -> tuple[dict, dict]:
     constants["ACTIVATION"] = build.mode[0] if build.op == "glu_absmax" else None
     constants["PRECISION"] = "tf32" if build.dtype == "tfloat32" else "ieee"
     constants["DESCRIPTORS"] = build.variant == "descriptors"
+    constants |= {"RANK": 16, "ADD": True}
+    constants |= {name: bool(build.mode) for name in ("MASKED", "DROPPED")}
     if "index" not in build.mode:
         constants["token_index"] = None
     return constants, options
@@ -227,17 +240,21 @@ def _split(build: Build) -> tuple[dict, dict]:
 def _argument_type(name: str, build: Build, constants: dict) -> str:
     matrices = {"x": ("T", "H"), "weight": ("D", "H"), "y": ("T", "D")}
     short = TRITON_TYPES[build.dtype]
-    if name in ("keys", "in_keys", "out_keys", "token_index"):
+    if name in ("keys", "in_keys", "out_keys", "token_index", "places", "seed"):
         return "*i64"
     if name in matrices and constants.get("DESCRIPTORS"):
         block = ",".join(str(constants[f"BLOCK_{side}"]) for side in matrices[name])
         return f"tensordesc<{short}[{block}]>"
-    if name in ("bias", "gate", "up", "h", "dy", "grad", *matrices):
+    if name in ("bias", "gate", "up", "h", "dy", "grad", "S", *matrices):
         return f"*{short}"
-    if name in ("rows", "cols", "row_starts"):
+    if name in ("A", "B"):  # topk_low_rank: factors in the dtype of the record
+        return f"*{short}"
+    if name in ("rows", "cols", "row_starts", "counter"):
         return "*i32"
-    if name in ("values", "partial"):
+    if name in ("values", "partial", "P", "channel_scale", "bound"):
         return "*fp32"
+    if name == "threshold":
+        return "i64"  # above 2^31 for a dropout of a half and more
     return "fp32" if name == "scale" else "i32"
 
 

@@ -32,6 +32,7 @@ SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gf
 TENSOR_MEMORY_COLUMNS = 512
 
 # Names of instructions begin with a match of these.
+ANY_MATRIX_UNIT = r"HMMA|HGMMA|UTC\w*MMA|v_mfma"
 MATRIX_UNITS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 MERGE = r"(RED|REDG|ATOM|ATOMG)\.E\.MAX\.S64|global_atomic_smax_x2"
 COMPARE_AND_SWAP = r"\w+\.(\w+\.)*CAS|\w+_cmpswap"
@@ -64,6 +65,8 @@ def _about_limits(build, facts):
 
 
 def _about_code(build, facts):
+    if build.op == "lora_linear" and build.dtype != "float32" and not facts.count(ANY_MATRIX_UNIT):
+        yield f"no instruction {ANY_MATRIX_UNIT}"
     if not build.op.endswith("absmax"):  # gathers of single elements, no peaks
         return
     wanted, unwanted = [MERGE], [COMPARE_AND_SWAP]
@@ -188,7 +191,8 @@ def test_what_the_tensor_cores_do_not_multiply_is_caught(compiled):
             assert complaints(other, compiled[build], budget_of(compiled[build])) == expected
 
 
-GATHERING = {"sampled_grad", "sparse_linear", "masked_grad"}  # element by element, as listed
+# Element by element, as listed; or narrow by nature: factors of a few columns.
+GATHERING = {"sampled_grad", "sparse_linear", "masked_grad", "lora_linear", "topk_low_rank"}
 
 
 def test_narrow_loads_are_caught(compiled):

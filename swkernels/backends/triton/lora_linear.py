@@ -30,7 +30,7 @@ def _dropout(values, tokens, n, N, seed, threshold, scale):
     )
     even, odd = tl.join(w0, w2), tl.join(w1, w3)  # [BLOCK_T, BLOCK_N / 4, 2]
     words = tl.reshape(tl.join(even, odd), [BLOCK_T, BLOCK_N])
-    return tl.where(words >= threshold, values * scale, 0.0)
+    return tl.where(words >= threshold.to(tl.uint32), values * scale, 0.0)
 
 
 @triton.jit

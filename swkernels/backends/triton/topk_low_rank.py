@@ -1,7 +1,8 @@
 """The largest entries of products of low rank: tiles in registers, candidates in a short list.
 
 A tile's float32 sums are held against the k-th largest found so far, less their own rounding
-error; the few that remain are listed, and summed again exactly. One wait for the device per product.
+error; the few that remain are listed, and summed again exactly. The host waits for the device once
+a product.
 """
 
 from __future__ import annotations
