@@ -101,11 +101,12 @@ class MaskedLoraConfig(LoraConfig):
         values = {k: v for k, v in LoraConfig.to_dict(plain).items() if k not in _OWN}
         values["peft_type"] = "LORA"
         if any(extra for _, _, extra in self._ranks.values()):
+            # By the full name of every module: the file is sorted, and the first match counts.
             root = math.sqrt if self.use_rslora else float
-            ranks, alphas = dict(values["rank_pattern"]), dict(values["alpha_pattern"])
-            for name, (r, scaling, extra) in self._ranks.items():
-                ranks[name], alphas[name] = r + extra, scaling * root(r + extra)
-            values["rank_pattern"], values["alpha_pattern"] = ranks, alphas
+            ranks = {name: r + extra for name, (r, _, extra) in self._ranks.items()}
+            scalings = {name: scaling for name, (_, scaling, _) in self._ranks.items()}
+            values["rank_pattern"] = ranks
+            values["alpha_pattern"] = {n: s * root(ranks[n]) for n, s in scalings.items()}
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:

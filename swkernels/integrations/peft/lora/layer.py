@@ -41,10 +41,11 @@ class MaskedLora:
             self.register_load_state_dict_post_hook(_take)
         self.masks.pop(adapter, None)
         mask = config.mask_of(name, (self.out_features, self.in_features))
+        extra = 0 if mask is None else mask.extra_rank
+        config.note_rank(name, self.r[adapter], self.scaling[adapter], extra)
         if mask is not None:
             self.masks[adapter] = mask
             self.take_held(adapter)
-            config.note_rank(name, self.r[adapter], self.scaling[adapter], mask.extra_rank)
 
     def take_held(self, adapter: str) -> None:
         """Hold an adapter's masked entries, if its mask holds any, at their present values."""
