@@ -104,13 +104,16 @@ def _bound(call: Callable[..., Tensors], backend: str | None) -> Call:
     return lambda inputs: call(inputs, backend=backend)
 
 
-def compiled(make: Callable[[], Call], *, dry: bool) -> Provider:
+def compiled(
+    make: Callable[[], Callable], *, dry: bool, around: Callable[[Callable], Call] | None = None
+) -> Provider:
     """``torch.compile`` of what eager PyTorch does, which ``make`` returns, with its defaults.
 
-    So the second shape makes the sizes dynamic, and few builds serve all cases.
+    So the second shape makes the sizes dynamic, and few builds serve all cases. ``around`` makes
+    the call where only a part of it is compiled.
     """
     missing = "left out of a dry run: it compiles for long" if dry else None
-    call = lazily(lambda: torch.compile(make()))
+    call = lazily(lambda: (around or (lambda part: part))(torch.compile(make())))
     return Provider("torch.compile", "compile", call, missing)
 
 

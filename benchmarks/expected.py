@@ -77,6 +77,25 @@ def sparse_linear(tokens: int, rows: int, columns: int, k: int, dtype: str) -> t
     return (Work(2 * tokens * k, read, tokens * min(k, rows) * ITEM[dtype]),)
 
 
+def lora_attention(tokens: int, width: int, kv: int, r: int, dtype: str) -> tuple[Work, ...]:
+    """Forward and backward of frozen q, k, v and o and of their LoRA.
+
+    Read the inputs [T, width] of q, k, v and of o, the weights and the outputs' gradients twice
+    (for the two passes), write the outputs and the gradients of the inputs.
+    """
+    rows, item = 2 * (width + kv), ITEM[dtype]
+    base = 2 * 2 * tokens * rows * width
+    low_rank = 6 * tokens * r * (rows + 4 * width)
+    read = (4 * tokens * width + 2 * rows * width + tokens * rows) * item
+    return (Work(base + low_rank, read, (tokens * rows + 2 * tokens * width) * item),)
+
+
+def topk_low_rank(modules: int, width: int, r: int, k: int, dtype: str) -> tuple[Work, ...]:
+    """The products B A [width, width], which are not written, and k entries."""
+    factors = 2 * modules * width * r * ITEM[dtype]
+    return (Work(2 * modules * width * width * r, factors, 16 * k, "read"),)
+
+
 def swiglu_mlp(tokens: int, rows: int, columns: int, dtype: str) -> tuple[Work, ...]:
     """gate and up projections [H, D], the gated product, the down projection [D, H], one by one."""
     up = linear_absmax(tokens, columns, rows, dtype)

@@ -158,6 +158,52 @@ def masked_grad(device: torch.device) -> None:
                 _same(found, exact, f"grad {[outputs, columns]} {dtype} times {scale}")
 
 
+def lora_product(name: str) -> Check:
+    """One of the three products of LoRA, masked and with a dropout of a half."""
+
+    def check(device: torch.device) -> None:
+        from swkernels.backends import philox
+        from swkernels.backends.triton.lora_linear import lora_linear as products
+
+        seed = torch.tensor(7)
+        for tokens, columns, r in _SIZES[device.type]:
+            for dtype in (torch.float32, _half(device)):
+                r = min(r, 24)
+                x = _integers(tokens, columns, dtype=dtype)
+                P = _integers(r, columns, dtype=torch.float32)
+                S, scale = _integers(tokens, r, dtype=dtype), torch.ones(columns)
+                scale[::3] = 0.5
+                dropped = philox.factors(0, tokens, columns, 0.5, seed).double()
+                masked = P.double() * scale
+                rest = (scale.to(device), 0.5, seed.to(device))
+                on_device = [tensor.to(device) for tensor in (x, S, P)]
+                if name == "project":
+                    found = products.project(on_device[0], on_device[2], *rest)
+                    exact = ((x.double() * dropped) @ masked.T).to(dtype)
+                elif name == "expand":
+                    found = on_device[0].clone()
+                    products.expand(found, *on_device[1:], *rest, add=True)
+                    exact = (x.double() + (S.double() @ masked) * dropped).to(dtype)
+                else:
+                    found = products.reduce(on_device[0], on_device[1], *rest)
+                    exact = ((S.double().T @ (x.double() * dropped)) * scale).float()
+                _same(found, exact, f"{name} {[tokens, columns, r]} {dtype}")
+
+    return check
+
+
+def topk_low_rank(device: torch.device) -> None:
+    for rows, columns, r in _SIZES[device.type]:
+        for dtype in (torch.float32, _half(device)):
+            factors = [(_integers(rows, r, dtype=dtype), _integers(r, columns, dtype=dtype))]
+            on_device = [(B.to(device), A.to(device)) for B, A in factors]
+            k = min(100, rows * columns)  # many entries are equal
+            found = ops.topk_low_rank(on_device, k, backend="triton")
+            exact = ops.topk_low_rank(factors, k, backend="reference")
+            for name, ours, theirs in zip(found._fields, found, exact):
+                _same(ours, theirs, f"{name} {[rows, columns, r]} {dtype}")
+
+
 def planted_error(device: torch.device) -> None:
     """Write past the end of an allocation, as a kernel does whose mask is wrong by one."""
     if device.type != "cuda":
@@ -177,6 +223,10 @@ KERNELS = {
     "triton-sampled_grad": sampled_grad,
     "triton-sparse_linear": sparse_linear,
     "triton-masked_grad": masked_grad,
+    "triton-lora_project": lora_product("project"),
+    "triton-lora_expand": lora_product("expand"),
+    "triton-lora_reduce": lora_product("reduce"),
+    "triton-topk_low_rank": topk_low_rank,
     "cuda-column_absmax": column_absmax("cuda"),
 }
 

@@ -12,8 +12,10 @@ from benchmarks.ops import (
     column_absmax,
     glu_absmax,
     linear_absmax,
+    lora_linear,
     sampled_grad,
     sparse_linear,
+    topk_low_rank,
 )
 from benchmarks.shapes import MODELS, TOKENS, projections
 from swkernels.errors import InvalidInput
@@ -24,6 +26,8 @@ OPERATIONS = (
     "glu_absmax",
     "sampled_grad",
     "sparse_linear",
+    "lora_linear",
+    "topk_low_rank",
     "tracked_mlp",
     "tracked_model",
     "sparse_training",
@@ -87,6 +91,7 @@ def _sized(suite, device, ops, quick) -> Iterator[Case]:
         for dtype in ("float32", "bfloat16"):
             yield column_absmax.case(("OLMo-1B",), "down_proj output", 8192, 2048, dtype, device)
     yield from _at_coordinates(suite, device, ops)
+    yield from _low_rank(suite, device, ops)
     others = _DTYPES[suite][1:2]
     yield from _of(suite, device, ops, _QUICK_MODELS, tokens[:2], others, ("down_proj",))
     if quick:
@@ -128,6 +133,23 @@ _SPARSE_SHAPES = {
 }
 
 
+# (models, hidden size, size of keys and values, tokens): attention projections with a LoRA.
+_ATTENTIONS = {
+    "cpu": [(("OLMo-1B",), 2048, 2048, 1024)],
+    "gpu": [(("Llama-3-8B",), 4096, 1024, tokens) for tokens in (4096, 8192, 16384)],
+}
+_MODULES = 128
+
+
+def _low_rank(suite, device, ops) -> Iterator[Case]:
+    if "lora_linear" in ops:
+        for given in _ATTENTIONS[suite]:
+            for dtype in _DTYPES[suite][:2]:
+                yield lora_linear.case(*given, dtype, device)
+    if "topk_low_rank" in ops:
+        yield topk_low_rank.case(("Llama-3-8B",), 4096, _MODULES, "float32", device)
+
+
 def _at_coordinates(suite, device, ops) -> Iterator[Case]:
     for name, module in (("sampled_grad", sampled_grad), ("sparse_linear", sparse_linear)):
         if name not in ops:
@@ -141,6 +163,10 @@ def _at_coordinates(suite, device, ops) -> Iterator[Case]:
 def _dry(suite, device, ops) -> Iterator[Case]:
     """Tiny sizes. Triton's interpreter multiplies no bfloat16, so float32 it is."""
     options = {"interpreted": suite == "gpu" and device.type != "cuda", "dry": True}
+    if "lora_linear" in ops:
+        yield lora_linear.case(("tiny",), 48, 24, 33, "float32", device, **options)
+    if "topk_low_rank" in ops:
+        yield topk_low_rank.case(("tiny",), 48, 3, "float32", device, **options)
     for count in _DRY_TOKENS:
         given = ("tiny",), "down_proj", count, 24, 48, "float32", device
         if "linear_absmax" in ops:

@@ -84,6 +84,29 @@ def times_faster(*providers: str) -> Callable[[Entry], float | None]:
     return measure
 
 
+def added_over(peer: str, variant: str = OURS) -> Callable[[Entry], float | None]:
+    """What our LoRA adds to the bare work over what a peer's adds."""
+
+    def measure(entry: Entry) -> float | None:
+        ours, bare, other = entry.of(variant), entry.of("frozen base"), entry.of(peer)
+        if not (ours and bare and other) or other["median"] <= bare["median"]:
+            return None
+        return (ours["median"] - bare["median"]) / (other["median"] - bare["median"])
+
+    return measure
+
+
+def over_provider(name: str, variant: str = OURS) -> Callable[[Entry], float | None]:
+    """One of our variants over another provider."""
+
+    def measure(entry: Entry) -> float | None:
+        ours, other = entry.of(variant), entry.of(name)
+        return ours["median"] / other["median"] if ours and other else None
+
+    return measure
+
+
+_ATTENTION = {"tokens": 1024, "columns": 2048}
 _DENSE, _GATHERED = "dense gradient and gather", "gathered columns, multiplied and summed"
 _MASKED = ("PEFT Super-Tuning", "PEFT SHiRA, r = 1")
 _LAYER = {"dtype": "float32", "tokens": 1024, "rows": 2048, "columns": 8192}
@@ -181,6 +204,49 @@ TARGETS = [
         times_faster(*_MASKED),
         1.0,
         at_least=True,
+    ),
+    *(
+        Target(
+            f"LoRA on OLMo-1B's q, k, v, o, 1024 tokens: time added{what}, over PEFT's, {dtype}",
+            "cpu",
+            "lora_linear",
+            _ATTENTION | {"dtype": dtype},
+            added_over("PEFT", variant),
+            0.5,
+        )
+        for dtype in ("float32", "bfloat16")
+        for what, variant in {
+            "": OURS,
+            " with rows and columns masked": "swkernels, rows and columns",
+            " with positions masked": "swkernels, positions",
+        }.items()
+    ),
+    Target(
+        "`topk_low_rank`, times faster than materialising and topk, 128 modules of 4096 x 4096, "
+        "r = 8, k = 1000, float32",
+        "cpu",
+        "topk_low_rank",
+        {"dtype": "float32", "columns": 4096},
+        times_faster("materialise, topk"),
+        25,
+        at_least=True,
+    ),
+    *(
+        Target(
+            f"LoRA on Llama-3-8B's q, k, v, o, {tokens} tokens, bfloat16: {what}",
+            "H100",
+            "lora_linear",
+            {"dtype": "bfloat16", "tokens": tokens},
+            measure,
+            bar,
+            at_least=bar > 1.1,
+        )
+        for tokens in (4096, 16384)
+        for what, measure, bar in (
+            ("times faster than PEFT", times_faster("PEFT"), 1.25),
+            ("over addmm in one function", over_provider("addmm, one autograd function"), 1.0),
+            ("masked over unmasked", over_provider(OURS, "swkernels, rows and columns"), 1.02),
+        )
     ),
     Target(
         "`sampled_grad`, times faster than the dense gradient, Llama-3-8B down_proj, 8192 tokens, "

@@ -101,6 +101,26 @@ int main() {
         if (status) return std::printf("status %d", status), 1;
       }
     }
+    for (int64_t N : {1, 4, 131, 700}) {
+      std::vector<float> out(static_cast<size_t>(3 * N));
+      const int status = swk_cpu_dropout(out.data(), 5, 8, N, 77, 1 << 30, 2.0f, 2, isa);
+      if (status) return std::printf("status %d", status), 1;
+    }
+    for (int64_t k : {1, 50, 3000}) {
+      const int64_t D[2] = {70, 3}, H[2] = {530, 31}, r[2] = {3, 1};
+      std::vector<float> factors[4];
+      for (int i = 0; i < 4; ++i) {
+        factors[i].resize(static_cast<size_t>((i % 2 ? H : D)[i / 2] * r[i / 2]));
+        for (auto& value : factors[i]) value = static_cast<float>(std::rand() % 9 - 4);
+      }
+      const float* B[2] = {factors[0].data(), factors[2].data()};
+      const float* A[2] = {factors[1].data(), factors[3].data()};
+      std::vector<double> sums(static_cast<size_t>(k));
+      std::vector<int64_t> places(static_cast<size_t>(k)), which(static_cast<size_t>(k));
+      const int status = swk_cpu_topk_low_rank(B, A, D, H, r, 2, k, sums.data(), places.data(),
+                                               which.data(), 2, isa);
+      if (status) return std::printf("status %d", status), 1;
+    }
   }
   return 0;
 }

@@ -17,6 +17,10 @@ KERNELS = (
     "triton-sampled_grad",
     "triton-sparse_linear",
     "triton-masked_grad",
+    "triton-lora_project",
+    "triton-lora_expand",
+    "triton-lora_reduce",
+    "triton-topk_low_rank",
     "cuda-column_absmax",
 )
 PLANTED = "planted-error"

@@ -197,7 +197,10 @@ def test_each_kernel_is_judged_under_each_tool(context, tmp_path, monkeypatch, b
         **{
             f"{name} triton-{op}": f"ok: {said}"
             for name, said in clean.items()
-            for op in ("column_absmax", "sampled_grad", "sparse_linear", "masked_grad")
+            for op in (
+                *("column_absmax", "sampled_grad", "sparse_linear", "masked_grad"),
+                *("lora_project", "lora_expand", "lora_reduce", "topk_low_rank"),
+            )
         },
         "memcheck triton-glu_absmax": "ok: 0 errors",
         "racecheck triton-glu_absmax": "failed: 1 hazard displayed (1 error, 0 warnings)",

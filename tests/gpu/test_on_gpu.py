@@ -99,6 +99,21 @@ def run_masked(x, backend):
     return (ops.masked_grad_(x.clone(), pattern.rows, pattern.cols, 0.5, backend=backend),)
 
 
+@cache
+def low_rank(width, device):
+    """Factors A [8, width] and B [width, 8]."""
+    return normal(8, width, seed=9).to(device), normal(width, 8, seed=10).to(device)
+
+
+def run_lora(x, backend):
+    """The result of x [T, 2 C] as base output and input, and every gradient."""
+    base_out, right = (part.clone().requires_grad_() for part in x.chunk(2, dim=1))
+    A, B = (factor.clone().requires_grad_() for factor in low_rank(right.shape[1], x.device))
+    y = ops.lora_linear(right, base_out, A, B, 0.5, backend=backend)
+    y.backward(right.detach())
+    return y.detach(), right.grad, A.grad, B.grad
+
+
 # Each kernel: what runs it, and the name by which that knows it.
 KERNELS = {
     "column_absmax-triton": (run_column, "triton"),
@@ -109,6 +124,7 @@ KERNELS = {
     "sampled_grad-triton": (run_sampled, "triton"),
     "sparse_linear-triton": (run_sparse, "triton"),
     "masked_grad-triton": (run_masked, "triton"),
+    "lora_linear-triton": (run_lora, "triton"),
 }
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -125,6 +141,8 @@ def outputs(kernel, x):
                 pytest.skip("this GPU has no tensor memory accelerator")
             if x.dtype == torch.float32:
                 pytest.skip("float32 without TF32 has no descriptor configuration")
+    elif run is run_lora and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        pytest.skip("the interpreter cannot multiply bfloat16")
     elif name == "cuda" and x.device.type == "cpu":
         pytest.skip("CUDA C++ needs a GPU")
     return run(x, name)
@@ -158,6 +176,13 @@ def check_at_coordinates(kernel, x, value):
         pattern = listed(*x.shape, x.device)[0]
         x[pattern.rows.long(), pattern.cols.long()] *= 0.5
         assert torch.equal(value, x)
+        return
+    if kernel.startswith("lora"):
+        left, right = x.chunk(2, dim=1)
+        A, B = low_rank(right.shape[1], x.device)
+        exact = left.double() + 0.5 * right.double() @ A.double().T @ B.double().T
+        theirs = left + 0.5 * right @ A.to(x.dtype).T @ B.to(x.dtype).T
+        assert (value - exact).norm() <= 2 * (theirs - exact).norm()
         return
     left, right, (pattern, _, deltas) = halves(x)
     if kernel.startswith("sampled"):
