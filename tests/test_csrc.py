@@ -108,13 +108,12 @@ int main() {
     }
     for (int64_t k : {1, 50, 3000}) {
       const int64_t D[2] = {70, 3}, H[2] = {530, 31}, r[2] = {3, 1};
-      std::vector<float> factors[4];
-      for (int i = 0; i < 4; ++i) {
-        factors[i].resize(static_cast<size_t>((i % 2 ? H : D)[i / 2] * r[i / 2]));
-        for (auto& value : factors[i]) value = static_cast<float>(std::rand() % 9 - 4);
+      std::vector<float> B0(70 * 3), A0(3 * 530), B1(3), A1(31);
+      for (auto* factor : {&B0, &A0, &B1, &A1}) {
+        for (auto& value : *factor) value = static_cast<float>(std::rand() % 9 - 4);
       }
-      const float* B[2] = {factors[0].data(), factors[2].data()};
-      const float* A[2] = {factors[1].data(), factors[3].data()};
+      const float* B[2] = {B0.data(), B1.data()};
+      const float* A[2] = {A0.data(), A1.data()};
       std::vector<double> sums(static_cast<size_t>(k));
       std::vector<int64_t> places(static_cast<size_t>(k)), which(static_cast<size_t>(k));
       const int status = swk_cpu_topk_low_rank(B, A, D, H, r, 2, k, sums.data(), places.data(),

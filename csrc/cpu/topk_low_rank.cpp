@@ -28,7 +28,7 @@ namespace swk {
 constexpr int kTileRows = 4;
 constexpr int kTileCols = 32;
 constexpr int64_t kPanel = 512;   // columns of A that stay in the first cache
-constexpr int64_t kTaskRows = 64;
+constexpr int64_t kTaskRows = 256;
 
 struct Product {
   const float* B;  // [D, r]
@@ -203,9 +203,10 @@ typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
 constexpr int kLanes = 16;
 
-// The largest magnitude, as bits, of each row of a tile of the product. b: kTileRows rows of B.
-SWK_FN SWK_INLINE void tile_peaks(const float* const b[kTileRows], const float* a, int64_t stride,
-                                  int64_t r, int32_t peaks[kTileRows]) {
+// Whether any entry of a tile of the product has a magnitude, as bits, of at least `least` of its
+// row. b: kTileRows rows of B.
+SWK_FN SWK_INLINE bool tile_hits(const float* const b[kTileRows], const float* a, int64_t stride,
+                                 int64_t r, const int32_t least[kTileRows]) {
   Lanes low[kTileRows] = {}, high[kTileRows] = {};
   for (int64_t q = 0; q < r; ++q) {
     const Lanes left = *reinterpret_cast<const Lanes*>(a + q * stride);
@@ -216,28 +217,29 @@ SWK_FN SWK_INLINE void tile_peaks(const float* const b[kTileRows], const float* 
       high[i] += b[i][q] * right;
     }
   }
+  Bits negative = {};  // lanes of which a sign says that an entry reaches its bound
 #pragma GCC unroll 4
   for (int i = 0; i < kTileRows; ++i) {
-    const Bits one = reinterpret_cast<const Bits&>(low[i]) & 0x7FFFFFFF;
-    const Bits two = reinterpret_cast<const Bits&>(high[i]) & 0x7FFFFFFF;
-    const Bits most = one > two ? one : two;
-    int32_t peak = 0;
-    for (int lane = 0; lane < kLanes; ++lane) peak = most[lane] > peak ? most[lane] : peak;
-    peaks[i] = peak;
+    const int32_t below = least[i] - 1;
+    negative |= below - (reinterpret_cast<const Bits&>(low[i]) & 0x7FFFFFFF);
+    negative |= below - (reinterpret_cast<const Bits&>(high[i]) & 0x7FFFFFFF);
   }
+  int64_t pairs[kLanes / 2], any = 0;
+  std::memcpy(pairs, &negative, sizeof pairs);
+  for (const int64_t pair : pairs) any |= pair;
+  return (static_cast<uint64_t>(any) & 0x8000000080000000u) != 0;
 }
 #else
-SWK_FN inline void tile_peaks(const float* const b[kTileRows], const float* a, int64_t stride,
-                              int64_t r, int32_t peaks[kTileRows]) {
+SWK_FN inline bool tile_hits(const float* const b[kTileRows], const float* a, int64_t stride,
+                             int64_t r, const int32_t least[kTileRows]) {
   for (int i = 0; i < kTileRows; ++i) {
-    int32_t peak = 0;
     for (int c = 0; c < kTileCols; ++c) {
       float sum = 0;
       for (int64_t q = 0; q < r; ++q) sum += b[i][q] * a[q * stride + c];
-      peak = std::max(peak, static_cast<int32_t>(bits_of(sum) & 0x7FFFFFFF));
+      if (static_cast<int32_t>(bits_of(sum) & 0x7FFFFFFF) >= least[i]) return true;
     }
-    peaks[i] = peak;
   }
+  return false;
 }
 #endif
 
@@ -297,13 +299,8 @@ SWK_FN void search_rows(const Product& product, int64_t number, int64_t first, i
       if (!wanted) continue;
       int64_t c = begin;
       for (; c + kTileCols <= end; c += kTileCols) {
-        int32_t peaks[kTileRows];
-        tile_peaks(b, product.A + c, H, r, peaks);
-        bool any = false;
-        for (int j = 0; j < kTileRows; ++j) any |= peaks[j] >= least[j];
-        if (!any) continue;
-        for (int j = 0; j < kTileRows; ++j) {
-          if (peaks[j] < least[j]) continue;
+        if (!tile_hits(b, product.A + c, H, r, least)) continue;
+        for (int64_t j = 0; j < rows; ++j) {
           take_columns(product, number, i + j, c, c + kTileCols, most[j], found, bound);
           least[j] = worth(bound.value(), most[j], r);
         }
