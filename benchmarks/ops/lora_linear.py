@@ -90,7 +90,7 @@ def case(models, width, kv, tokens, dtype, device, *, interpreted=False, dry=Fal
 
     return Case(
         OP, models, label, shape, dtype, work, 20, make, judge, providers,
-        seconds=2.0 if dry else 30.0,
+        seconds=2.0 if dry else 90.0,
     )  # fmt: skip
 
 
