@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import warnings
 
 import pytest
@@ -382,7 +383,8 @@ def test_adapters_come_and_go():
     model.set_adapter("default")
     model.delete_adapter("second")
     torch.testing.assert_close(logits(model), first, rtol=1e-4, atol=1e-5)
-    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), logits(model))
     torch.testing.assert_close(logits(model.unload()), before, rtol=1e-4, atol=1e-5)
 
 

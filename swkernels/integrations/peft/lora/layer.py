@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from peft.tuners import lora
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, LoraLayer
 from peft.utils.other import transpose
 from torch import nn
@@ -102,7 +103,16 @@ class MaskedLora:
 @cache
 def masked(layer_class: type[LoraLayer]) -> type[LoraLayer]:
     """The masked kind of one of PEFT's LoRA layers."""
-    return type(f"Masked{layer_class.__name__}", (MaskedLora, layer_class), {})
+    namespace = {"__module__": __name__}
+    return type(f"Masked{layer_class.__name__}", (MaskedLora, layer_class), namespace)
+
+
+def __getattr__(name: str) -> type[LoraLayer]:
+    """The masked kinds by their names, for pickle."""
+    found = getattr(lora, name.removeprefix("Masked"), None) if name.startswith("Masked") else None
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return masked(found)
 
 
 def _pack(layer: MaskedLora, state: dict, prefix: str, metadata) -> None:
