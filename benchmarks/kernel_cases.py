@@ -223,9 +223,9 @@ KERNELS = {
     "triton-sampled_grad": sampled_grad,
     "triton-sparse_linear": sparse_linear,
     "triton-masked_grad": masked_grad,
-    "triton-lora_project": lora_product("project"),
-    "triton-lora_expand": lora_product("expand"),
-    "triton-lora_reduce": lora_product("reduce"),
+    "triton-lora_linear-project": lora_product("project"),
+    "triton-lora_linear-expand": lora_product("expand"),
+    "triton-lora_linear-reduce": lora_product("reduce"),
     "triton-topk_low_rank": topk_low_rank,
     "cuda-column_absmax": column_absmax("cuda"),
 }

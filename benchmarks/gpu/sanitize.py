@@ -17,9 +17,9 @@ KERNELS = (
     "triton-sampled_grad",
     "triton-sparse_linear",
     "triton-masked_grad",
-    "triton-lora_project",
-    "triton-lora_expand",
-    "triton-lora_reduce",
+    "triton-lora_linear-project",
+    "triton-lora_linear-expand",
+    "triton-lora_linear-reduce",
     "triton-topk_low_rank",
     "cuda-column_absmax",
 )
@@ -78,7 +78,8 @@ def sanitize(context: Context, seconds: float) -> Outcome:
 
 def watched(kernel: str) -> str:
     """The device function that is watched; PyTorch's own are not our concern, and take long."""
-    return f"{kernel.split('-')[1]}_kernel"
+    _, op, *variant = kernel.split("-")
+    return f"{f'lora_{variant[0]}' if op == 'lora_linear' else op}_kernel"
 
 
 def verdict_of(finished: Finished) -> str:

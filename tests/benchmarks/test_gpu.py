@@ -55,7 +55,7 @@ def test_every_step_of_a_dry_run_passes(dry_run):
     assert {s["name"]: s["status"] for s in summary["steps"]} == expected, result.stdout
     assert result.returncode == 0
     by_name = {s["name"]: s for s in summary["steps"]}
-    assert by_name["tests"]["note"].startswith("7 passed")
+    assert by_name["tests"]["note"].startswith("8 passed")
     kernels = by_name["sanitize"]["parts"]
     assert {name for name, said in kernels.items() if said == "ok"} == {
         name for name in sanitize.KERNELS if name.startswith("triton")
@@ -82,7 +82,8 @@ def test_what_a_dry_run_leaves(dry_run):
     (measured,) = records.read(record.parent)
     assert measured.header["dry"] and measured.header["suite"] == "gpu"
     assert {row["op"] for row in summary["results"]} == {r["op"] for r in measured.results}
-    assert all(row["ratio"] > 0 for row in summary["results"])
+    # Nothing does the work of topk_low_rank without its extra work.
+    assert all(row["op"] == "topk_low_rank" or row["ratio"] > 0 for row in summary["results"])
     assert (out / "summary.txt").read_text() in result.stdout
     assert "a dry run" in (out / "summary.txt").read_text()
 

@@ -199,7 +199,8 @@ def test_each_kernel_is_judged_under_each_tool(context, tmp_path, monkeypatch, b
             for name, said in clean.items()
             for op in (
                 *("column_absmax", "sampled_grad", "sparse_linear", "masked_grad"),
-                *("lora_project", "lora_expand", "lora_reduce", "topk_low_rank"),
+                *("lora_linear-project", "lora_linear-expand", "lora_linear-reduce"),
+                "topk_low_rank",
             )
         },
         "memcheck triton-glu_absmax": "ok: 0 errors",
