@@ -253,8 +253,13 @@ def test_several_layers_of_one_input(backend):
         total.backward()
         total = 0
         for leaf, same in zip(own, alone):
-            torch.testing.assert_close(leaf.grad, same.grad, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(x.grad, others.grad, rtol=1e-4, atol=1e-4)
+            assert_same_sums(leaf.grad, same.grad)
+    assert_same_sums(x.grad, others.grad)
+
+
+def assert_same_sums(ours, theirs):
+    """Equal but for the order of float32 sums, whose terms may cancel: as a share of the whole."""
+    assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
 
 
 @pytest.mark.parametrize("kind", MASKS)
