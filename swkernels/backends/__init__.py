@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from types import ModuleType
 
 import torch
 
 from swkernels.errors import BackendUnavailable
+
+from .plan import Code, Plan
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPERATIONS = (
@@ -29,6 +32,9 @@ OPERATIONS = (
     "masked_grad",
     "lora_linear",
     "topk_low_rank",
+    "block_quantize",
+    "block_dequantize",
+    "quant_linear",
 )
 
 # Which backend serves a device first. `cuda` (CUDA C++) stands behind Triton until a record made
@@ -66,15 +72,20 @@ def select(op: str, *args, backend: str | None = None) -> Callable:
     Raises:
         BackendUnavailable: the explicit choice is not there or does not take the arguments.
     """
+    return getattr(serving(op, *args, backend=backend), op)
+
+
+def serving(op: str, *args, backend: str | None = None) -> ModuleType:
+    """Return the module that serves ``op``, for an operation of several steps; see ``select``."""
     explicit = explicit_choice(backend)
     if explicit is not None:
         reason = _refusal(explicit, op, args)
         if reason is not None:
             raise BackendUnavailable(f"backend {explicit!r} cannot run {op}: {reason}")
-        return _function(explicit, op)
+        return _module(explicit, op)
     for name in _ORDER.get(args[0].device.type, _OTHER_DEVICES):
         if _refusal(name, op, args) is None:
-            return _function(name, op)
+            return _module(name, op)
     raise AssertionError("the reference backend takes everything")
 
 
@@ -106,6 +117,7 @@ def explain(device: str = "cpu") -> list[dict]:
 
 def _probe(op: str, device: str) -> tuple:
     x = torch.zeros(1, 16, device=device)
+    plan = Plan(1, 16, (0, 16), Code("int4"))
     return {
         "column_absmax": (x,),
         "linear_absmax": (x, torch.zeros(16, 16, device=device), None),
@@ -115,6 +127,9 @@ def _probe(op: str, device: str) -> tuple:
         "masked_grad": (x,),
         "lora_linear": (x,),
         "topk_low_rank": (x, x),
+        "block_quantize": (x, plan),
+        "block_dequantize": (x.to(torch.uint8), plan, torch.float32),
+        "quant_linear": (x, plan),
     }[op]
 
 
@@ -151,7 +166,3 @@ def _module(name: str, op: str):
         if error.name != path:
             raise
         return None
-
-
-def _function(name: str, op: str) -> Callable:
-    return getattr(_module(name, op), op)

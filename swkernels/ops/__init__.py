@@ -1,5 +1,9 @@
 """The operations: one name each, the best backend that is there behind it."""
 
+from swkernels.backends.plan import Clip
+
+from .block_dequantize import block_dequantize
+from .block_quantize import block_quantize
 from .column_absmax import column_absmax
 from .glu_absmax import glu_absmax
 from .linear_absmax import linear_absmax
@@ -8,6 +12,9 @@ from .lora_mask import LoraMask
 from .masked_grad import masked_grad_
 from .pattern import SparsePattern
 from .peaks import INFINITY_KEY, Peaks, empty_keys, peaks, token_index
+from .quant_linear import quant_linear
+from .quantize_activation import quantize_activation
+from .quantized import QuantizedTensor
 from .sampled_grad import sampled_grad
 from .sparse_linear import pattern_linear, sparse_linear
 from .topk import TopK
@@ -15,10 +22,14 @@ from .topk_low_rank import topk_low_rank
 
 __all__ = [
     "INFINITY_KEY",
+    "Clip",
     "LoraMask",
     "Peaks",
+    "QuantizedTensor",
     "SparsePattern",
     "TopK",
+    "block_dequantize",
+    "block_quantize",
     "column_absmax",
     "empty_keys",
     "glu_absmax",
@@ -28,6 +39,8 @@ __all__ = [
     "masked_grad_",
     "pattern_linear",
     "peaks",
+    "quant_linear",
+    "quantize_activation",
     "sampled_grad",
     "sparse_linear",
     "token_index",
