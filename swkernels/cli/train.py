@@ -200,7 +200,7 @@ def _choose(choices: dict, seed: int, model):
 
 def _check_model(model, examples: list, checkpointing: bool) -> None:
     """Refuse a model that cannot be trained on these sequences, before a step fails halfway."""
-    from swkernels.detect.samples import check_vocabulary
+    from swkernels.detect.samples import check_vocabulary, most_positions
     from swkernels.errors import InvalidInput
 
     name = type(model).__name__
@@ -209,7 +209,7 @@ def _check_model(model, examples: list, checkpointing: bool) -> None:
             f"{name} is an encoder and a decoder, which predict no text that goes on: give a "
             "decoder, or train it with swkernels.train.sparse and a trainer of yours"
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = most_positions(model)
     longest = max(len(example.ids) for example in examples)
     if positions is not None and longest > positions:
         raise InvalidInput(

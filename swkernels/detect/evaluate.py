@@ -62,7 +62,7 @@ class Baseline:
 
     @property
     def perplexity(self) -> float:
-        return _exp(_mean(self.losses, self.tokens))
+        return exp(_mean(self.losses, self.tokens))
 
 
 @dataclass
@@ -173,9 +173,9 @@ class Evaluator:
 
     def _summarize(self, result: Measurement) -> None:
         base, tokens = self.baseline.losses, self.baseline.tokens
-        result.perplexity = _exp(_mean(result.losses, tokens))
+        result.perplexity = exp(_mean(result.losses, tokens))
         differences = [a - b for a, b in zip(result.losses, base)]
-        result.ratio = _exp(_mean(differences, tokens))
+        result.ratio = exp(_mean(differences, tokens))
         result.ratio_low, result.ratio_high = _bootstrap(differences, tokens, self.seed)
         result.kl = _mean(result.kls, [window.numel() - 1 for window in self.windows])
         result.damage = result.kl / self.baseline.information if result.kl else 0.0
@@ -209,7 +209,8 @@ def _compare(
     return losses, max(0.0, divergence / len(targets))
 
 
-def _exp(value: float) -> float:
+def exp(value: float) -> float:
+    """e^value; infinity where a float cannot hold it."""
     return math.exp(value) if value < 700 else math.inf
 
 
@@ -234,4 +235,4 @@ def _bootstrap(
     pick = torch.randint(len(values), (draws, len(values)), generator=generator)
     means = (values[pick] * weights[pick]).sum(1) / weights[pick].sum(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return _exp(low), _exp(high)
+    return exp(low), exp(high)

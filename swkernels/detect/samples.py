@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -77,6 +80,27 @@ def check_vocabulary(model: nn.Module, samples: list[torch.Tensor]) -> None:
             f"token id {high if high >= rows else low} is outside the model's vocabulary of "
             f"{rows}: use the tokenizer that belongs to the model"
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run without gradients and in eval mode; give every module its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def most_positions(model: nn.Module) -> int | None:
+    """The longest sequence that the model takes; None where its config names no limit."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 class Runner:

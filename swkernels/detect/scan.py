@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import platform
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 
@@ -164,7 +163,7 @@ def scan(
         )
         sampling.check_vocabulary(model, eval_samples)
         windows = sampling.as_windows(eval_samples, config.eval_length, config.eval_tokens)
-    with _evaluating(model):
+    with sampling.evaluating(model):
         runner = sampling.Runner(model)
         handle, consistency = _peaks(model, runner, tokens, config, report_progress)
         locate = _locator(tokens)
@@ -195,19 +194,6 @@ def _configured(config: ScanConfig | None, settings: dict) -> ScanConfig:
     if "methods" in settings:
         settings["methods"] = tuple(settings["methods"])
     return ScanConfig(**{**asdict(config or ScanConfig()), **settings})
-
-
-@contextmanager
-def _evaluating(model: nn.Module):
-    """Run without gradients and in eval mode; give every module its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _peaks(model, runner, tokens, config: ScanConfig, progress: Progress):

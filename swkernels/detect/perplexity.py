@@ -1,0 +1,224 @@
+"""Perplexity of a language model on a text, as WikiText-2 is usually measured.
+
+The text is one stream of tokens, with the special tokens that the tokenizer adds to it, once. It is
+cut into windows of 2,048 tokens (or what the model takes), and each window is run by itself. The
+first token of a window is not predicted: nothing stands before it. With a ``stride`` shorter than
+the window, windows overlap, and each predicts only the tokens that no window before it has: every
+token but the first, with more context for the same text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from swkernels.errors import InvalidInput
+
+from .evaluate import exp
+from .samples import Runner, check_vocabulary, evaluating, most_positions
+from .text import make_samples
+
+WINDOW = 2048
+_ROWS = 256  # logits turned into losses at a time: their float32 copies are V wide each
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A model's loss on a text.
+
+    Attributes:
+        losses: summed next-token loss of each window, in nats.
+        tokens: predicted tokens of each window.
+        window, stride: how the text was cut.
+    """
+
+    losses: tuple[float, ...]
+    tokens: tuple[int, ...]
+    window: int
+    stride: int
+
+    @property
+    def loss(self) -> float:
+        """Mean over all predicted tokens, in nats."""
+        return sum(self.losses) / sum(self.tokens)
+
+    @property
+    def value(self) -> float:
+        """The perplexity, exp(loss)."""
+        return exp(self.loss)
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of ``value`` over windows; None where there is only one."""
+        return _standard_error(self.value, self.losses, self.tokens)
+
+    def ratio(self, other: Perplexity) -> tuple[float, float | None]:
+        """``value`` over that of ``other`` on the same windows, and its standard error or None.
+
+        Both models find the same windows easy or hard, so the error of the ratio is taken from
+        the differences within windows and is far smaller than those of the two values.
+
+        Raises:
+            InvalidInput: they were not measured on the same windows.
+        """
+        if (self.tokens, self.window, self.stride) != (other.tokens, other.window, other.stride):
+            raise InvalidInput(
+                "perplexities of different windows cannot be compared: measure both on one text "
+                "with one window and stride"
+            )
+        differences = [a - b for a, b in zip(self.losses, other.losses)]
+        value = exp(sum(differences) / sum(self.tokens))
+        return value, _standard_error(value, differences, self.tokens)
+
+    def to_dict(self) -> dict:
+        """What it holds and what follows from it, for JSON."""
+        return {"perplexity": self.value, "error": self.error, "loss": self.loss, **asdict(self)}
+
+
+def perplexity(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Measure the perplexity of ``model`` on a stream of tokens.
+
+    Args:
+        model: a decoder, of Hugging Face's kind or one that maps ids [B, S] to logits [B, S, V];
+            run in eval mode, and given back as it was.
+        tokens: integers [N], N >= 2; see ``tokens_of``.
+        window: tokens of a window, at least 2; None: 2,048, or the model's positions if fewer.
+        stride: tokens from one window's start to the next's, at most ``window``; None: ``window``.
+        batch_size: windows that run together. It changes the result by rounding at most.
+        progress: called with (windows done, windows).
+
+    Raises:
+        InvalidInput: an argument that is not as above, a token outside the vocabulary, a window
+            beyond the model's positions, an encoder-decoder, or a loss that is not a number.
+    """
+    tokens = _checked(tokens)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InvalidInput(
+            f"{type(model).__name__} is an encoder and a decoder, which predict no text that goes "
+            "on: perplexity needs a decoder"
+        )
+    window = window_of(model, window)
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window:
+        raise InvalidInput(f"stride must be from 1 to the window of {window}, got {stride}")
+    if batch_size < 1:
+        raise InvalidInput(f"batch_size must be at least 1, got {batch_size}")
+    check_vocabulary(model, [tokens])
+    windows = _windows(len(tokens), window, stride)
+    runner = Runner(model)
+    losses: list[float] = []
+    with evaluating(model):
+        for part in _batches(windows, batch_size):
+            ids = torch.stack([tokens[start:end] for start, end, _ in part])  # [B, S]
+            for row, logits, (_, _, count) in zip(ids, runner.logits(ids), part):
+                losses.append(_summed_loss(logits[-count - 1 : -1], row[-count:]))
+                if not math.isfinite(losses[-1]):
+                    raise InvalidInput(
+                        f"the loss of window {len(losses) - 1} is {losses[-1]}: the model gives "
+                        "logits that are not finite; a wider dtype may help"
+                    )
+            if progress is not None:
+                progress(len(losses), len(windows))
+    return Perplexity(tuple(losses), tuple(count for *_, count in windows), window, stride)
+
+
+def tokens_of(text: str, tokenizer, most: int | None = None) -> torch.Tensor:
+    """Return the tokens of a text, int64 [N], at most ``most`` of them.
+
+    Raises:
+        InvalidInput: fewer than 2.
+    """
+    if most is not None and most < 2:
+        raise InvalidInput(f"the number of tokens must be at least 2, got {most}")
+    length = sys.maxsize if most is None else most
+    [tokens] = make_samples(text, tokenizer, samples=1, length=length, special_tokens="tokenizer")
+    if len(tokens) < 2:
+        raise InvalidInput("the text is shorter than 2 tokens: give a longer text")
+    return tokens
+
+
+def window_of(model: nn.Module, window: int | None = None) -> int:
+    """Return the window to use; see ``perplexity``.
+
+    Raises:
+        InvalidInput: shorter than 2, or beyond the model's positions.
+    """
+    positions = most_positions(model)
+    if window is None:
+        return min(WINDOW, positions or WINDOW)
+    if window < 2:
+        raise InvalidInput(f"the window must be at least 2 tokens, got {window}")
+    if positions is not None and window > positions:
+        raise InvalidInput(
+            f"a window of {window} tokens does not fit the {positions} positions of "
+            f"{type(model).__name__}: give a window of {positions} or less"
+        )
+    return window
+
+
+def _checked(tokens: torch.Tensor) -> torch.Tensor:
+    if (
+        not isinstance(tokens, torch.Tensor)
+        or tokens.dim() != 1
+        or tokens.is_floating_point()
+        or tokens.dtype == torch.bool
+        or len(tokens) < 2
+    ):
+        given = isinstance(tokens, torch.Tensor)
+        what = f"{tokens.dtype} {list(tokens.shape)}" if given else type(tokens).__name__
+        raise InvalidInput(f"tokens must be integers [N], N >= 2, got {what}")
+    return tokens.long().cpu()
+
+
+def _windows(size: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """(start, end, predicted tokens, the last ones) of each window."""
+    windows, seen = [], 0
+    for start in range(0, size, stride):
+        end = min(start + window, size)
+        if count := end - max(seen, start + 1):
+            windows.append((start, end, count))
+        seen = end
+        if end == size:
+            break
+    return windows
+
+
+def _batches(windows: list[tuple], size: int) -> list[list[tuple]]:
+    """At most ``size`` windows each, all of one length: the last window may be shorter."""
+    batches: list[list[tuple]] = []
+    for _, alike in itertools.groupby(windows, key=lambda w: w[1] - w[0]):
+        alike = list(alike)
+        batches += [alike[first : first + size] for first in range(0, len(alike), size)]
+    return batches
+
+
+def _summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Summed loss in nats of targets [S] under logits [S, V]."""
+    parts = zip(logits.split(_ROWS), targets.to(logits.device).split(_ROWS))
+    losses = [F.cross_entropy(row.float(), target, reduction="none") for row, target in parts]
+    return float(torch.cat(losses).double().sum())
+
+
+def _standard_error(value: float, sums: Sequence[float], counts: Sequence[int]) -> float | None:
+    """Of ``value`` = exp(sum(sums) / sum(counts)), over windows of unequal size (delta method)."""
+    n = len(sums)
+    if n < 2:
+        return None
+    mean = sum(sums) / sum(counts)
+    squares = sum((total - mean * count) ** 2 for total, count in zip(sums, counts))
+    return value * math.sqrt(n / (n - 1) * squares) / sum(counts)
