@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _LOG_WIDTH = 120  # columns of a table in a file or a pipe, where there is no terminal to ask
@@ -15,6 +16,27 @@ def make_console():
     from rich.console import Console
 
     return Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+
+
+@contextmanager
+def stages(console) -> Iterator:
+    """Yield ``progress(stage, done, total)``: a bar a stage on a terminal, else a line a stage."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    ) as bars:
+        tasks: dict[str, int] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+                if not console.is_terminal:
+                    console.print(stage)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield progress
 
 
 class OutputDirectory:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .output import OutputDirectory, make_console
+from .output import OutputDirectory, make_console, stages
 
 # The defaults shown are ScanConfig's, which is too heavy to import for --help; a test compares.
 _MODEL = typer.Argument(
@@ -85,7 +84,7 @@ def scan(
     inputs, source = _inputs(text, dataset)
     eval_inputs = _read(eval_text)
     console = make_console()
-    with OutputDirectory(output) as folder, _progress(console) as progress:
+    with OutputDirectory(output) as folder, stages(console) as progress:
         progress("loading the model", 0, 1)
         loaded, tokenizer, fingerprint = loading.load_model(
             model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
@@ -161,27 +160,6 @@ def _writers(report) -> dict[str, Callable[[Path], None]]:
         "report.html": partial(write_atomically, content=page.render(document)),
         "report.json": report.save,
     }
-
-
-@contextmanager
-def _progress(console) -> Iterator:
-    """Yield ``progress(stage, done, total)``: a bar a stage on a terminal, else a line a stage."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(
-        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
-    ) as bars:
-        tasks: dict[str, int] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-                if not console.is_terminal:
-                    console.print(stage)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield progress
 
 
 def _show(document: dict, console, written: list[Path]) -> None:

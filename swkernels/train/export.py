@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from swkernels.errors import InvalidInput
 
+from .files import in_folder
 from .sparse import SparseHandle, whole
 from .weights import Site
 
@@ -64,7 +61,7 @@ def to_lora(handle: SparseHandle, folder: str | Path, *, max_rank: int = 64) -> 
         text = json.dumps(config, indent=2) + "\n"
         (aside / "adapter_config.json").write_text(text, encoding="utf-8")
 
-    _in_folder(Path(folder), "adapter_config.json", write)
+    in_folder(Path(folder), "adapter_config.json", write)
     return rank
 
 
@@ -106,7 +103,7 @@ def to_checkpoint(handle: SparseHandle, folder: str | Path, **options) -> None:
             for name, value in handle.model.state_dict().items()
             if not handle.owns(name)
         }
-        _in_folder(
+        in_folder(
             Path(folder),
             "config.json",
             lambda aside: handle.model.save_pretrained(aside, state_dict=state, **options),
@@ -138,25 +135,3 @@ def _padded(matrix: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     padded = matrix.new_zeros(shape)
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix
     return padded
-
-
-def _in_folder(folder: Path, mark: str, write: Callable[[Path], None]) -> None:
-    """Write a folder aside and rename it; only a folder that holds ``mark`` is replaced."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
-        raise InvalidInput(f"{folder} is there and holds no {mark}: choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    made, before = work / "made", work / "before"
-    try:
-        made.mkdir()
-        write(made)
-        if folder.exists():
-            os.replace(folder, before)
-        try:
-            os.replace(made, folder)
-        except BaseException:
-            if before.exists():
-                os.replace(before, folder)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

@@ -1,11 +1,13 @@
-"""Coordinates as a file: JSON or safetensors, by the suffix."""
+"""Coordinates as a file, JSON or safetensors by the suffix; files and folders that are whole."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from swkernels.errors import InvalidInput
@@ -90,6 +92,45 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(aside, path)
     except BaseException:
         os.unlink(aside)
+        raise
+
+
+def in_folder(folder: Path, mark: str, write: Callable[[Path], None]) -> None:
+    """Write a folder aside, beside its final place, and rename it: it is whole or as it was.
+
+    Args:
+        folder: made new with its parents, or replaced as a whole if it is empty or holds ``mark``.
+        mark: a file that tells a folder of the kind that is written.
+        write: called with an empty folder.
+
+    Raises:
+        InvalidInput: the folder holds something else; nothing is written.
+        OSError: it cannot be made.
+    """
+    if folder.exists() and not (folder / mark).exists() and any(folder.iterdir()):
+        raise InvalidInput(f"{folder} is there and holds no {mark}: choose another folder")
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        made, before = work / "made", work / "before"
+        try:
+            made.mkdir()
+            write(made)
+            if folder.exists():
+                os.replace(folder, before)
+            try:
+                os.replace(made, folder)
+            except BaseException:
+                if before.exists():
+                    os.replace(before, folder)
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):  # something that is not ours lies in it
+                parent.rmdir()
         raise
 
 
