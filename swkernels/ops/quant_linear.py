@@ -6,12 +6,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from swkernels import backends
-from swkernels.backends.plan import Code, Plan
 from swkernels.errors import InvalidInput
 
 from ._arguments import as_rows, check_activation
 from ._library import library
-from .block_dequantize import block_dequantize, check_packed
+from .block_dequantize import as_arguments, block_dequantize, check_packed, from_arguments
 from .quantize_activation import integer_linear
 from .quantized import QuantizedTensor
 
@@ -54,12 +53,14 @@ def quant_linear(
     if torch.compiler.is_compiling():
         return torch.ops.swkernels.quant_linear(
             x, q.codes, q.block_scales(), q.zero_points, q.positions, q.values, bias,
-            *_as_arguments(q.plan), backend,
+            *as_arguments(q.plan), backend,
         )  # fmt: skip
     if torch.is_grad_enabled() and (
         x.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _QuantLinear.apply(x, bias, q, backend)
+        # A view made inside the function could not be changed in place, as adapters do.
+        y = _QuantLinear.apply(as_rows(x), bias, q, backend)
+        return y.view(*x.shape[:-1], q.plan.rows)
     return _run(x, q, q.block_scales(), bias, backend)
 
 
@@ -78,6 +79,8 @@ def _check(x, plan, codes, bias) -> None:
 def _check_bias(bias, plan, device) -> None:
     if bias is None:
         return
+    if not isinstance(bias, torch.Tensor):
+        raise InvalidInput(f"bias must be a tensor or None, got {type(bias).__name__}")
     if bias.shape != (plan.rows,) or not bias.is_floating_point() or bias.device != device:
         raise InvalidInput(
             f"bias must be floating-point [{plan.rows}] on {device}, got {bias.dtype} "
@@ -91,7 +94,7 @@ def _run(x, q, scales, bias, backend) -> torch.Tensor:
     if bias is not None:
         bias = bias.detach().to(x.dtype)
     y = run(rows, q.codes, scales, q.zero_points, q.positions, q.values, bias, q.plan)
-    return y.view(*x.shape[:-1], q.plan.rows)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], q.plan.rows)
 
 
 class _QuantLinear(torch.autograd.Function):
@@ -113,27 +116,13 @@ class _QuantLinear(torch.autograd.Function):
         return d_x, d_bias, None, None
 
 
-def _as_arguments(plan: Plan) -> tuple[list[int], str]:
-    """A plan in the types of a schema; the clip has done its work before."""
-    return [plan.rows, plan.columns, *plan.block, int(plan.code.symmetric)], plan.code.name
-
-
-def _from_arguments(tensors, plan, code) -> QuantizedTensor:
-    D, H, r, c, symmetric = plan
-    plan = Plan(D, H, (r, c), Code(code, bool(symmetric)))
-    codes, scales, zero_points, positions, values = tensors
-    return QuantizedTensor(
-        (D, H), torch.float32, plan, codes, scales, zero_points, positions, values
-    )
-
-
 def _compute(x, codes, scales, zero_points, positions, values, bias, plan, code, backend):
-    q = _from_arguments((codes, scales, zero_points, positions, values), plan, code)
+    q = from_arguments((codes, scales, zero_points, positions, values), plan, code)
     return _run(x, q, scales, bias, backend)
 
 
 def _fake(x, codes, scales, zero_points, positions, values, bias, plan, code, backend):
-    _check(x, _from_arguments([None] * 5, plan, code).plan, codes, bias)
+    _check(x, from_arguments([None] * 5, plan, code).plan, codes, bias)
     return x.new_empty(*x.shape[:-1], plan[0])
 
 
@@ -152,7 +141,7 @@ library.define(
 
 
 def _compute_dx(dy, codes, scales, zero_points, positions, values, plan, code, dtype, backend):
-    q = _from_arguments((codes, scales, zero_points, positions, values), plan, code)
+    q = from_arguments((codes, scales, zero_points, positions, values), plan, code)
     return dy.to(dtype) @ block_dequantize(q, dtype, backend=backend)
 
 
