@@ -17,3 +17,7 @@ class InvalidInput(SwkernelsError, ValueError):
 
 class NonFiniteActivation(SwkernelsError, ArithmeticError):
     """An activation holds NaN or infinity; the message names the layer, channel and token."""
+
+
+class NoDenseWeight(SwkernelsError, AttributeError):
+    """A library asked a packed layer for the dense weight that it does not have."""

@@ -1,5 +1,7 @@
-"""Modules that hold trainable weights and call the operations."""
+"""Modules that hold weights, trainable or packed, and call the operations."""
 
+from .quant_embedding import QuantEmbedding
+from .quant_linear import QuantLinear, TiedQuantLinear
 from .sparse_delta import SparseDelta
 
-__all__ = ["SparseDelta"]
+__all__ = ["QuantEmbedding", "QuantLinear", "SparseDelta", "TiedQuantLinear"]
