@@ -16,6 +16,7 @@ from .plan import ZERO_POINTS
 
 TINY = 2.0**-126  # the smallest normal float32; the reciprocal of less may overflow
 SMALLEST = 2.0**-149
+SMALLEST_HALF = 2.0**-24
 _UNIT_BITS = 15
 
 
@@ -78,10 +79,16 @@ def clipped_range(
     ``kept`` tells which elements count: no padding, no outliers.
     """
     low, high = extremes(blocks, kept)
-    clip = plan.clip
-    if clip is None:
+    if plan.clip is None:
         return low, high
-    count = kept.sum(1)
+    cut = _cut(blocks, kept, low, high, plan)
+    # NaN and infinity are not clipped away: they end as scales that tell the caller.
+    finite = torch.isfinite(low) & torch.isfinite(high)
+    return torch.where(finite, cut[0], low), torch.where(finite, cut[1], high)
+
+
+def _cut(blocks, kept, low, high, plan):
+    clip, count = plan.clip, kept.sum(1)
     if clip.by in ("percentile", "count"):
         bound = _ranked(blocks, kept, count, clip)
         return low.maximum(-bound), high.minimum(bound)
@@ -122,7 +129,7 @@ def rank(count: torch.Tensor, clip) -> torch.Tensor:
     if clip.by == "count":
         above = torch.full_like(count, int(clip.value))
     else:  # nearest rank: the ceil(p / 100 * n)-th from below
-        above = count - (count.double() * (clip.value / 100)).ceil().to(torch.int64)
+        above = count - (count.double() * clip.value / 100).ceil().to(torch.int64)
     return above.minimum(count - 1).clamp(min=0)
 
 
@@ -137,7 +144,7 @@ def _searched(blocks, kept, low, high, plan):
             values = values - zero[:, None]
         error = blocks.double() - values.double() * scale.double()[:, None]
         units = torch.where(kept, in_units(error, exponent), 0)
-        total = units.square().sum(1).double()
+        total = torch.where(torch.isfinite(scale), units.square().sum(1).double(), math.inf)
         better = total < best
         best, factor = torch.where(better, total, best), torch.where(better, candidate, factor)
     return low * factor, high * factor
@@ -146,20 +153,26 @@ def _searched(blocks, kept, low, high, plan):
 def scales(low, high, code, scale_dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales float32 [blocks] of ranges, and the zero points int32 of an asymmetric code.
 
-    They are before any rounding to another type. A block of zeros has scale 0; in no other block
-    does a scale round to 0.
+    They are rounded to float16 where that is their type, so that zero points fit them; scales
+    that are quantized themselves are not. A block of zeros has scale 0, no other block has; one
+    with NaN or infinity has a scale that is not finite.
     """
     magnitude = low.abs().maximum(high.abs())
     if code.symmetric:
-        scale = magnitude / code.steps
-        return torch.where(magnitude > 0, scale.clamp(min=SMALLEST), 0.0), None
+        return _stored(magnitude / code.steps, magnitude, scale_dtype), None
     span = high - low
     # Far from zero the zero point would not fit its type: a power of two limits it, exactly.
     least = magnitude * 2.0 ** -ZERO_POINTS[scale_dtype][1]
-    scale = (span / code.steps).maximum(least).clamp(min=SMALLEST)
     # A constant block is one step away from zero, and exact.
-    scale = torch.where(span > 0, scale, magnitude)
+    scale = torch.where(span > 0, (span / code.steps).maximum(least), magnitude)
+    scale = _stored(scale, magnitude, scale_dtype)
     return scale, -divide(low, scale).round().to(torch.int32)
+
+
+def _stored(scale, magnitude, scale_dtype):
+    if scale_dtype == "float16":
+        scale = scale.clamp(min=SMALLEST_HALF).half().float()
+    return torch.where(magnitude == 0, 0.0, scale.clamp(min=SMALLEST))
 
 
 def divide(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

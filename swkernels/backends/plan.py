@@ -21,14 +21,19 @@ FP4 = (
     0.1666666716337204, 0.25, 0.0, -0.0052083334885537624, -0.6666666865348816, -1.0,
     -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
 )  # fmt: skip
-# The codes of FP4 in ascending order of their values; of its two zeros, 0 takes what is not above 0.
+# The codes of FP4 in ascending order of their values; of its two zeros, code 0 takes what is not
+# above 0.
 _FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
 CODES = ("int4", "int8", "nf4", "fp4")
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.uint8}
 # Of an asymmetric code: the zero points' type, and the exponent e of the least scale 2^-e max|w|,
 # which keeps zero points in that type where a block lies far from zero.
-ZERO_POINTS = {"float32": (torch.int32, 20), "float16": (torch.int16, 13), "int8": (torch.int16, 13)}
+ZERO_POINTS = {
+    "float32": (torch.int32, 20),
+    "float16": (torch.int16, 13),
+    "int8": (torch.int16, 13),
+}
 MOST_ELEMENTS = 2**31 - 1  # positions are int32
 
 
@@ -111,7 +116,10 @@ class Clip:
             "zscore": ("at least 0", value >= 0),
             "zscore_signed": ("at least 0", value >= 0),
             "percentile": ("above 0 and at most 100", 0 < value <= 100),
-            "count": ("an integer from 0", value >= 0 and float(value).is_integer()),
+            "count": (
+                "an integer from 0 to 2^31 - 1",
+                0 <= value <= MOST_ELEMENTS and float(value).is_integer(),
+            ),
             "search": ("above 0 and at most 1", 0 < value <= 1),
         }[self.by]
         if not expected[1] or value == float("inf"):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from swkernels import backends
-from swkernels.backends.blocks import from_blocks, to_blocks
+from swkernels.backends.blocks import divide, from_blocks, to_blocks
 from swkernels.backends.plan import SCALE_DTYPES, ZERO_POINTS, Clip, Plan, plan_of
 from swkernels.errors import InvalidInput
 
 from ._arguments import check_activation
-from .quantized import MOST_OUTLIERS, OUTLIER_DTYPES, SCALE_BLOCK, QuantizedTensor
+from .quantized import ELEMENTS_PER_OUTLIER, OUTLIER_DTYPES, SCALE_BLOCK, QuantizedTensor
 
 
 def block_quantize(
@@ -54,13 +54,12 @@ def block_quantize(
 
     Raises:
         InvalidInput: an argument that is not as above, NaN or infinity in ``w``, an outlier
-            outside of it or listed twice, more outliers than one in 16 elements, or a scale that
-            ``scale_dtype`` cannot hold.
+            outside of it or listed twice, more outliers than one in 16 elements (where that is
+            less, than one a row, or 16), a range that ``scale_dtype`` or an outlier that
+            ``outlier_dtype`` cannot hold.
         BackendUnavailable: the backend asked for is not there or does not take the arguments.
     """
-    check_activation("w", w)
-    if w.dtype not in OUTLIER_DTYPES:
-        raise InvalidInput(f"w must be float32, bfloat16 or float16, got {w.dtype}: convert it")
+    check_source("w", w)
     w = w.detach()
     plan = plan_of(
         w.shape, code=code, symmetric=symmetric, block_size=block_size, clip=clip,
@@ -74,13 +73,21 @@ def block_quantize(
             f"outlier_dtype must be float32, bfloat16 or float16, got {outlier_dtype}"
         )
     # What is kept must be finite too, and is not seen by the kernels.
-    values = matrix.view(-1)[positions.long()]
+    values = matrix.view(-1)[positions.long()].to(outlier_dtype)
     codes, scales, zero_points = _quantize(matrix, plan, positions, backend)
     _check_finite(matrix, plan, scales, values)
     return QuantizedTensor(
-        tuple(w.shape), w.dtype, plan, codes, scales, zero_points, positions,
-        values.to(outlier_dtype),
-    )  # fmt: skip
+        tuple(w.shape), w.dtype, plan, codes, scales, zero_points, positions, values
+    )
+
+
+def check_source(name: str, w: torch.Tensor) -> None:
+    """Raise InvalidInput unless ``w`` is a tensor [..., H] of a type that can be quantized."""
+    check_activation(name, w)
+    if w.dtype not in OUTLIER_DTYPES:
+        raise InvalidInput(
+            f"{name} must be float32, bfloat16 or float16, got {w.dtype}: convert it"
+        )
 
 
 def _quantize(matrix, plan: Plan, positions, backend):
@@ -95,11 +102,21 @@ def _quantize(matrix, plan: Plan, positions, backend):
         scales = block_quantize(
             ranges, code="int8", symmetric=False, block_size=SCALE_BLOCK, backend=backend
         )
-        stored = scales.dequantize().clamp(min=0)
+        stored = scales.dequantize()
+        if zero_points is not None:
+            zero_points = _refitted(zero_points, ranges, stored, plan)
         codes = kernels.block_encode(matrix, plan, positions, stored, zero_points)
     if zero_points is not None:
         zero_points = zero_points.to(ZERO_POINTS[plan.scale_dtype][0])
     return codes, scales, zero_points
+
+
+def _refitted(zero_points, ranges, stored, plan) -> torch.Tensor:
+    """Zero points for scales that are not what they were: the value nearest to 0 stays in place."""
+    nearest = zero_points.clamp(0, plan.code.steps)
+    away = divide((zero_points - nearest) * ranges, stored).round()
+    limits = torch.iinfo(ZERO_POINTS[plan.scale_dtype][0])
+    return (nearest + away).clamp(limits.min, limits.max).to(torch.int32)
 
 
 def _positions(matrix, plan, outliers, largest, largest_per) -> torch.Tensor:
@@ -109,12 +126,11 @@ def _positions(matrix, plan, outliers, largest, largest_per) -> torch.Tensor:
     if largest_per not in ("tensor", "block"):
         raise InvalidInput(f"largest_per must be 'tensor' or 'block', got {largest_per!r}")
     found = [_listed(outliers, plan, matrix.device)]
-    most = int(plan.elements * MOST_OUTLIERS)
-    wanted = largest * (plan.blocks if largest_per == "block" else 1)
-    if len(found[0]) + wanted > max(most, len(found[0]) if not wanted else 0, 16):
+    wanted = len(found[0]) + largest * (plan.blocks if largest_per == "block" else 1)
+    if wanted > max(plan.elements // ELEMENTS_PER_OUTLIER, plan.rows, ELEMENTS_PER_OUTLIER):
         raise InvalidInput(
-            f"{len(found[0]) + wanted} outliers of {plan.elements} elements are more than one in "
-            f"{round(1 / MOST_OUTLIERS)}: list fewer, or use an 8-bit code"
+            f"{wanted} outliers of {plan.elements} elements are more than one in "
+            f"{ELEMENTS_PER_OUTLIER}: keep fewer, or use an 8-bit code"
         )
     if largest and plan.elements:
         found.append(_largest(matrix, plan, largest, largest_per))
@@ -167,9 +183,12 @@ def _check_finite(matrix, plan, scales, values) -> None:
     if wrong.any():
         row, col = divmod(int(wrong.view(-1).nonzero()[0]), plan.columns)
         raise InvalidInput(
-            f"w holds {float(matrix[row, col])} at [{row}, {col}]: a weight must be finite"
+            f"there is {float(matrix[row, col])} at [{row}, {col}]: only finite values can be "
+            "quantized"
         )
+    if not torch.isfinite(values).all():
+        raise InvalidInput(f"an outlier is beyond {values.dtype}: use outlier_dtype=torch.float32")
+    wider = ", or use scale_dtype='float32'" if plan.scale_dtype == "float16" else ""
     raise InvalidInput(
-        f"the range of a block is beyond {plan.scale_dtype} scales: use scale_dtype='float32', "
-        "or divide the matrix by a constant"
+        f"the range of a block is beyond its scale's type: divide the matrix by a constant{wider}"
     )

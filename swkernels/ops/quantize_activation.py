@@ -9,7 +9,7 @@ import torch
 from swkernels.backends.blocks import decode
 from swkernels.errors import InvalidInput
 
-from .block_quantize import block_quantize
+from .block_quantize import block_quantize, check_source
 from .quantized import QuantizedTensor
 
 
@@ -39,6 +39,7 @@ def quantize_activation(
     Raises:
         InvalidInput: see ``block_quantize``; or a channel outside of x.
     """
+    check_source("x", x)
     if per not in ("token", "tensor"):
         raise InvalidInput(f"per must be 'token' or 'tensor', got {per!r}")
     return block_quantize(
@@ -53,13 +54,17 @@ def quantize_activation(
 def _places(x, super_activation) -> torch.Tensor | None:
     if super_activation is None or isinstance(super_activation, torch.Tensor):
         return super_activation
-    channels = [super_activation] if isinstance(super_activation, int) else super_activation
     H = x.shape[-1]
+    several = isinstance(super_activation, Sequence)
+    channels = super_activation if several else [super_activation]
     for channel in channels:
         if type(channel) is not int or not 0 <= channel < H:
-            raise InvalidInput(f"super_activation must be channels in [0, {H}), got {channel!r}")
+            raise InvalidInput(
+                f"super_activation must be channels in [0, {H}) or a tensor of (token, channel), "
+                f"got {channel!r}"
+            )
     tokens = torch.arange(x.numel() // H if H else 0, device=x.device)
-    listed = torch.tensor(sorted(set(channels)), device=x.device)
+    listed = torch.tensor(sorted(set(channels)), dtype=torch.int64, device=x.device)
     return torch.cartesian_prod(tokens, listed).view(-1, 2)
 
 
@@ -74,7 +79,8 @@ def integer_linear(
     for name, packed in (("x", x), ("the weight", q)):
         if packed.plan.code.name != "int8" or not packed.plan.code.symmetric:
             raise InvalidInput(f"{name} must be symmetric int8 for a quantized activation")
-        if packed.plan.block not in ((0, packed.plan.columns), (0, packed.plan.elements)):
+        runs = (packed.plan.columns, packed.plan.elements)
+        if packed.plan.block not in [(0, max(run, 1)) for run in runs]:
             raise InvalidInput(
                 f"{name} must have block_size 'row' or 'tensor' for a quantized activation, got "
                 f"blocks {packed.plan.block}"
@@ -85,6 +91,8 @@ def integer_linear(
             f"x [{T}, {H}] on {x.device} does not go with a weight [{D}, {q.plan.columns}] on "
             f"{q.device}"
         )
+    if H * 127**2 >= 2**31:
+        raise InvalidInput(f"int32 sums hold at most {2**31 // 127**2} columns, got {H}: split them")
     sums = _int_mm(x.codes.view(T, H), q.codes.view(D, H))
     y = sums.float() * x.block_scales()[:, None] * q.block_scales()[None, :]
     y = _add_kept_weights(y, x, q)

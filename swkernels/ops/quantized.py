@@ -9,7 +9,7 @@ import torch
 from swkernels.backends.plan import Plan
 
 OUTLIER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_OUTLIERS = 1 / 16  # of the elements: more take the space of the 4-bit codes themselves
+ELEMENTS_PER_OUTLIER = 16  # at least: more take the space of the 4-bit codes themselves
 SCALE_BLOCK = 256  # scales that are quantized themselves share a scale by so many
 
 
