@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import nn
 
@@ -15,7 +17,7 @@ from .weights import Site, Weight, find_weights
 
 # Layers whose forward makes a new tensor that nobody else reads and no backward needs: the
 # contribution may be added to it in place.
-_FRESH_OUTPUT = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+_FRESH_OUTPUT = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt", "QuantLinear")
 
 
 class Target(Weight):
@@ -61,7 +63,7 @@ class Target(Weight):
     @property
     def device(self) -> torch.device:
         """Where the module computes."""
-        return next(iter(self.module.parameters())).device
+        return next(chain(self.module.parameters(), self.module.buffers())).device
 
     def check_for_lora(self) -> None:
         """Raise InvalidInput where a LoRA file has no form for this weight."""

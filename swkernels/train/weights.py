@@ -70,7 +70,8 @@ class Weight:
         if self.projection is not None:
             return self.projection.matrix(self.site.expert).detach()
         weight = self.parameter
-        plain = not hasattr(weight, "__tensor_flatten__") and not weight.is_meta
+        plain = isinstance(weight, torch.Tensor) and not hasattr(weight, "__tensor_flatten__")
+        plain = plain and not weight.is_meta
         D, H = self.shape
         if not plain or not readable(weight.dtype) or weight.numel() != D * H:
             raise InvalidInput(

@@ -82,7 +82,7 @@ class SparseCoordinateLayer(SparseDelta, BaseTunerLayer):
         parts, start = [], 0
         for target, pairs in zip(targets, coordinates):
             share = _Share(self, pairs, slice(start, start + len(pairs)))
-            parts.append(Part(target.site, target.module, target.shape, target.projection, share))
+            parts.append(Part(target.site, target.shape, target.module, target.projection, share))
             start += len(pairs)
         self._parts[adapter_name] = parts
 
