@@ -6,6 +6,7 @@ that a user can act on is one line on standard error, with exit code 2; Ctrl-C g
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -68,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         # Libraries' progress bars have no place in a log; read when tqdm is first imported.
         os.environ.setdefault("TQDM_DISABLE", "1")
+    # Where it is installed, transformers imports it, and it says which kernels it does without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = app(arguments, prog_name="swkernels", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

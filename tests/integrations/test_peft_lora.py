@@ -404,7 +404,8 @@ def test_conv1d():
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes(bits, tmp_path):
-    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    import bitsandbytes as bnb
+
 
     def packed_model():
         tiny = tiny_model("llama")

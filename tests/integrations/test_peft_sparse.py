@@ -357,7 +357,8 @@ def test_nothing_is_merged_where_one_layer_cannot_be():
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes(bits):
-    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    import bitsandbytes as bnb
+
     ids = token_ids()
     base = tiny_model("llama")
     for layer in base.model.layers:
