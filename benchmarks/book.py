@@ -37,6 +37,12 @@ class Entry:
         return self.results[0]["shape"]
 
     @property
+    def described(self) -> dict:
+        """What it may be looked for by."""
+        projection = self.results[0]["projection"]
+        return {"dtype": self.dtype, "projection": projection, **self.shape}
+
+    @property
     def skipped(self) -> str | None:
         """Why the case was not measured, or None."""
         first = self.results[0]
@@ -106,7 +112,8 @@ class Book:
 
         def order(entry: Entry):
             machine = entry.header["device"]["name"]
-            sizes = entry.shape["columns"] * entry.shape.get("rows", 1), entry.shape["tokens"]
+            shape = entry.shape
+            sizes = shape["columns"] * shape.get("rows", 1), shape.get("tokens", 0)
             return machine, OPERATIONS.index(entry.op), entry.dtype, sizes, entry.case
 
         for entry in sorted(self._entries.values(), key=order):
@@ -114,10 +121,9 @@ class Book:
                 yield entry
 
     def find(self, machine: str, op: str, **wanted) -> list[Entry]:
-        """Measured entries of an operation with a dtype and sizes (tokens=, columns=, rows=)."""
+        """Measured entries of an operation with a dtype, a projection and sizes (tokens=, ...)."""
         return [
             entry
             for entry in self.entries(machine, op)
-            if not entry.skipped
-            and all({"dtype": entry.dtype, **entry.shape}.get(k) == v for k, v in wanted.items())
+            if not entry.skipped and wanted.items() <= entry.described.items()
         ]

@@ -25,6 +25,8 @@ class Provider:
         call: from inputs to named outputs; what it leaves out is not judged.
         missing: why it cannot run here, or None.
         note: what served the automatic choice, or None.
+        weights: tells the bytes of the model's weights, after the first call; None where it has
+            no model.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Provider:
     call: Call
     missing: str | None = None
     note: str | None = None
+    weights: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Case:
         work: the least that must be done, from `benchmarks.expected`.
         slowest: floors that the slowest provider takes, roughly: what is too long is left out.
         seconds: of timing, over all providers.
+        cold: the inputs that the provider which reads least reads, where that is not all of them;
+            the cache must be cold for it too.
         make: inputs from a seed, on the device.
         judge: from inputs to a function that tells the error of named outputs.
         providers: made when the case is measured, since some compile.
@@ -72,12 +77,13 @@ class Case:
     judge: Callable[[Tensors], Callable[[Tensors], Error]] = field(repr=False)
     providers: Callable[[], list[Provider]] = field(repr=False)
     seconds: float = 1.0
+    cold: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
         """A name that no other case of the operation has."""
-        tokens = self.shape["tokens"]
-        return f"{self.models[0]} {self.projection}, {tokens} tokens, {self.dtype}"
+        tokens = f", {self.shape['tokens']} tokens" if "tokens" in self.shape else ""
+        return f"{self.models[0]} {self.projection}{tokens}, {self.dtype}"
 
 
 def ours(
@@ -129,12 +135,23 @@ def lazily(make: Callable[[], Call]) -> Call:
     return call
 
 
-def peer(name: str, package: str, device: torch.device, call: Call) -> Provider:
-    """Another package's kernel for CUDA, where it is installed."""
-    missing = None
+def peer(
+    name: str,
+    package: str,
+    device: torch.device,
+    call: Call,
+    *,
+    devices: tuple[str, ...] = ("cuda",),
+    refusal: str | None = None,
+) -> Provider:
+    """Another package's kernel, where it is installed, runs on the device and takes the case.
+
+    ``refusal`` says why it does not take the case.
+    """
+    missing = refusal
     if find_spec(package) is None:
         missing = f"{package} is not installed"
-    elif device.type != "cuda":
+    elif device.type not in devices:
         missing = f"{package} runs on CUDA only"
     return Provider(name, "peer", call, missing)
 

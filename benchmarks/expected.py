@@ -96,6 +96,32 @@ def topk_low_rank(modules: int, width: int, r: int, k: int, dtype: str) -> tuple
     return (Work(2 * modules * width * width * r, factors, 16 * k, "read"),)
 
 
+def packed_bytes(rows: int, columns: int, bits: int, block: int) -> int:
+    """Bytes of the codes and the float32 scales of a packed matrix [D, H]."""
+    elements = rows * columns
+    return -(-elements * bits // 8) + -(-elements // block) * 4
+
+
+def block_quantize(rows: int, columns: int, bits: int, block: int, dtype: str) -> tuple[Work, ...]:
+    """Read w [D, H] once, write codes and scales."""
+    return (Work(0, rows * columns * ITEM[dtype], packed_bytes(rows, columns, bits, block)),)
+
+
+def block_dequantize(
+    rows: int, columns: int, bits: int, block: int, dtype: str
+) -> tuple[Work, ...]:
+    """Read codes and scales, write w [D, H]."""
+    return (Work(0, packed_bytes(rows, columns, bits, block), rows * columns * ITEM[dtype]),)
+
+
+def quant_linear(
+    tokens: int, rows: int, columns: int, bits: int, block: int, dtype: str
+) -> tuple[Work, ...]:
+    """The product x W^T of x [T, H] and a packed W [D, H]."""
+    read = tokens * columns * ITEM[dtype] + packed_bytes(rows, columns, bits, block)
+    return (Work(2 * tokens * rows * columns, read, tokens * rows * ITEM[dtype]),)
+
+
 def swiglu_mlp(tokens: int, rows: int, columns: int, dtype: str) -> tuple[Work, ...]:
     """gate and up projections [H, D], the gated product, the down projection [D, H], one by one."""
     up = linear_absmax(tokens, columns, rows, dtype)

@@ -52,7 +52,7 @@ def measure(
             fit[provider.name] = provider, result
     if fit:
         del judge
-        sets = cold_copies(inputs, cache, device)
+        sets = cold_copies(inputs, cache, device, case.cold)
         calls = {name: _rotating(provider.call, sets) for name, (provider, _) in fit.items()}
         timings = interleaved(calls, device=device, seconds=seconds)
         for name, (_, result) in fit.items():
@@ -94,6 +94,8 @@ def _judged(
         reason = f"error {error.value:.3g}, limit {error.limit:.3g} ({error.measure})"
         return _result(case, provider, "wrong", reason) | {"error": entry}, None
     result = _result(case, provider, "ok", provider.note)
+    if provider.weights is not None:
+        result["weights"] = provider.weights()
     return result | {"error": entry, "peak_memory": peak}, error
 
 
@@ -131,10 +133,16 @@ def _fill(result: dict, timing: Timing, case: Case, ceilings: Ceilings) -> None:
     }
 
 
-def cold_copies(inputs: Tensors, cache: int, device: torch.device) -> list[Tensors]:
-    """Enough sets of the same inputs that the cache has lost the first when its turn comes."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in inputs.values())
-    wanted = min(_MOST_SETS, 1 + -(-_COLD * cache // max(1, size)))
+def cold_copies(
+    inputs: Tensors, cache: int, device: torch.device, read: tuple[str, ...] = ()
+) -> list[Tensors]:
+    """Enough sets of the same inputs that the cache has lost the first when its turn comes.
+
+    ``read`` names the inputs that a provider reads at least, of all where it is empty.
+    """
+    size = sum(tensor.nbytes for tensor in inputs.values())
+    least = sum(inputs[name].nbytes for name in read or inputs)
+    wanted = min(_MOST_SETS, 1 + -(-_COLD * cache // max(1, least)))
     allowed = max(1, _MOST_SET_BYTES[device.type] // max(1, size))
     copies = range(min(wanted, allowed) - 1)
     return [inputs, *({name: t.clone() for name, t in inputs.items()} for _ in copies)]

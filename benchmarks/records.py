@@ -27,6 +27,7 @@ _RESULT = {
     "kind", "run", "op", "case", "models", "projection", "shape", "dtype", "provider", "role",
     "status", "reason", *SPEED, "flop", "bytes", "peak_memory", "error",
 }  # fmt: skip
+_OF_MODELS = {"weights"}  # fields that a result of a whole model may have besides
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _check_header(header: dict) -> None:
 
 
 def _check_result(result: dict) -> None:
-    _check_fields(result, _RESULT)
+    _check_fields(result, _RESULT, _OF_MODELS)
     status, role = result["status"], result["role"]
     if status not in STATUSES:
         raise ValueError(f"status is {status!r}, expected one of {', '.join(STATUSES)}")
@@ -143,8 +144,8 @@ def _check_result(result: dict) -> None:
         raise ValueError(f"error {error['value']} is over its limit {error['limit']}: not ok")
 
 
-def _check_fields(content: dict, expected: set[str]) -> None:
-    missing, unknown = expected - content.keys(), content.keys() - expected
+def _check_fields(content: dict, expected: set[str], optional: set[str] = frozenset()) -> None:
+    missing, unknown = expected - content.keys(), content.keys() - expected - optional
     if missing or unknown:
         raise ValueError(
             f"a {content.get('kind')!r} line lacks {sorted(missing)} and has unknown "

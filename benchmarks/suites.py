@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
 
 import torch
 
 from benchmarks.case import Case
 from benchmarks.models import mlp
 from benchmarks.ops import (
+    block_dequantize,
+    block_quantize,
     column_absmax,
     glu_absmax,
     linear_absmax,
     lora_linear,
+    quant_linear,
     sampled_grad,
     sparse_linear,
     topk_low_rank,
@@ -28,9 +33,13 @@ OPERATIONS = (
     "sparse_linear",
     "lora_linear",
     "topk_low_rank",
+    "block_quantize",
+    "block_dequantize",
+    "quant_linear",
     "tracked_mlp",
     "tracked_model",
     "sparse_training",
+    "quant_generation",
 )
 SUITES = ("cpu", "gpu", "models")
 
@@ -71,8 +80,13 @@ def cases(
             from benchmarks.models import sparse_training
 
             yield sparse_training.case(device)
-        if device.type == "cpu":
-            yield from _low_rank("cpu", device, ops)  # rounds too long for the suite cpu
+        if "quant_generation" in ops:
+            from benchmarks.models import quant_generation
+
+            yield quant_generation.case(device)
+        if device.type == "cpu":  # rounds too long for the suite cpu
+            yield from _low_rank("cpu", device, ops)
+            yield from _packed("models", device, ops)
         return
     if dry:
         yield from _dry(suite, device, ops)
@@ -93,12 +107,14 @@ def _sized(suite, device, ops, quick) -> Iterator[Case]:
         for dtype in ("float32", "bfloat16"):
             yield column_absmax.case(("OLMo-1B",), "down_proj output", 8192, 2048, dtype, device)
     yield from _at_coordinates(suite, device, ops)
+    yield from _packed(suite, device, ops, quick=True)
     if suite == "gpu":
         yield from _low_rank(suite, device, ops)
     others = _DTYPES[suite][1:2]
     yield from _of(suite, device, ops, _QUICK_MODELS, tokens[:2], others, ("down_proj",))
     if quick:
         return
+    yield from _packed(suite, device, ops)
     names = tuple(model.name for model in MODELS)
     everything = ("down_proj", "gate_proj, up_proj", "q_proj, o_proj", "k_proj, v_proj")
     yield from _of(suite, device, ops, names, TOKENS, _DTYPES[suite], everything)
@@ -163,6 +179,55 @@ def _at_coordinates(suite, device, ops) -> Iterator[Case]:
                     yield module.case(models, "down_proj", tokens, rows, columns, k, dtype, device)
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """Weights (models, projection, rows, columns), what they are packed to, tokens of a product."""
+
+    weights: tuple[tuple[tuple[str, ...], str, int, int], ...]
+    quantized: tuple[str, ...]
+    dequantized: tuple[str, ...]
+    tokens: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+
+_LLAMA_8B = (("Llama-3-8B",), "down_proj", 4096, 14336)
+# The suite cpu leaves what takes seconds to the suite models.
+_PACKED = {
+    "cpu": _Packed((_LLAMA_8B,), ("int4", "int8"), ("nf4", "int4", "int8"), (1, 16), (64,)),
+    "models": _Packed((_LLAMA_8B,), ("nf4",), (), (256,), (64,)),
+    "gpu": _Packed(
+        (
+            (("Llama-3-70B",), "q_proj, o_proj", 8192, 8192),
+            _LLAMA_8B,
+            (("Llama-3-8B",), "gate_proj, up_proj", 14336, 4096),
+            (("Llama-3-70B",), "down_proj", 8192, 28672),
+        ),
+        ("int4", "nf4", "int8"),
+        ("int4", "nf4", "int8"),
+        (1, 16, 2, 4, 8, 256, 4096),
+        (64, 128, 16384),
+    ),
+}
+
+
+def _packed(suite, device, ops, *, quick=False) -> Iterator[Case]:
+    packed = _PACKED[suite]
+    tokens = packed.tokens[:2] if quick else packed.tokens
+    blocks = packed.blocks[:1] if quick else packed.blocks
+    dtypes = {"gpu": ("bfloat16",)}.get(suite, ("float32", "bfloat16"))
+    for weight, dtype in product(packed.weights, dtypes):
+        for module, codes in (
+            (block_quantize, packed.quantized), (block_dequantize, packed.dequantized)
+        ):  # fmt: skip
+            if module.OP in ops:
+                for code in codes:
+                    yield module.case(*weight, code, blocks[0], dtype, device)
+    if "quant_linear" in ops:
+        for block, count in product(blocks, tokens):
+            for (models, name, *sizes), dtype in product(packed.weights, dtypes):
+                yield quant_linear.case(models, name, count, *sizes, "int4", block, dtype, device)
+
+
 def _dry(suite, device, ops) -> Iterator[Case]:
     """Tiny sizes. Triton's interpreter multiplies no bfloat16, so float32 it is."""
     options = {"interpreted": suite == "gpu" and device.type != "cuda", "dry": True}
@@ -170,6 +235,15 @@ def _dry(suite, device, ops) -> Iterator[Case]:
         yield lora_linear.case(("tiny",), 48, 24, 33, "float32", device, **options)
     if "topk_low_rank" in ops:
         yield topk_low_rank.case(("tiny",), 48, 3, "float32", device, **options)
+    for module in (block_quantize, block_dequantize):
+        if module.OP in ops:
+            for code in ("int4", "nf4"):
+                given = ("tiny",), "down_proj", 24, 48, code, 32, "float32", device
+                yield module.case(*given, **options)
+    if "quant_linear" in ops:
+        for count in _DRY_TOKENS:
+            given = ("tiny",), "down_proj", count, 24, 48, "int4", 32, "float32", device
+            yield quant_linear.case(*given, **options)
     for count in _DRY_TOKENS:
         given = ("tiny",), "down_proj", count, 24, 48, "float32", device
         if "linear_absmax" in ops:

@@ -106,11 +106,25 @@ def over_provider(name: str, variant: str = OURS) -> Callable[[Entry], float | N
     return measure
 
 
+def weights_over(name: str) -> Callable[[Entry], float | None]:
+    """Bytes of our model's weights over those of another provider's."""
+
+    def measure(entry: Entry) -> float | None:
+        ours, other = entry.of(OURS), entry.of(name)
+        return ours["weights"] / other["weights"] if ours and other else None
+
+    return measure
+
+
 _ATTENTION = {"tokens": 1024, "columns": 2048}
 _DENSE, _GATHERED = "dense gradient and gather", "gathered columns, multiplied and summed"
 _MASKED = ("PEFT Super-Tuning", "PEFT SHiRA, r = 1")
 _LAYER = {"dtype": "float32", "tokens": 1024, "rows": 2048, "columns": 8192}
 _DOWN = {"Llama-3-8B": (4096, 14336), "Llama-3-70B": (8192, 28672)}
+_PACKED = {"rows": 4096, "columns": 14336, "block": 64}
+_PACKED_ON_GPU = {"8192 x 8192": (8192, 8192), "Llama-3-8B down_proj": (4096, 14336)}
+_UNPACKED = "unpack, F.linear"
+_BITSANDBYTES = "bitsandbytes matmul_4bit, nf4"
 
 TARGETS = [
     *(
@@ -257,5 +271,116 @@ TARGETS = [
         times_faster(_DENSE),
         20,
         at_least=True,
+    ),
+    Target(
+        "`block_quantize` to NF4, times faster than bitsandbytes, 4096 x 14336, block 64, float32",
+        "cpu",
+        "block_quantize",
+        _PACKED | {"projection": "down_proj, nf4, blocks of 64", "dtype": "float32"},
+        times_faster("bitsandbytes"),
+        40,
+        at_least=True,
+    ),
+    Target(
+        "`block_quantize` to int4, reading the matrix over it, 4096 x 14336, block 64, float32",
+        "cpu",
+        "block_quantize",
+        _PACKED | {"projection": "down_proj, int4, blocks of 64", "dtype": "float32"},
+        of_read,
+        0.5,
+        at_least=True,
+    ),
+    Target(
+        "`block_dequantize` of NF4, times faster than bitsandbytes, 4096 x 14336, block 64, "
+        "float32",
+        "cpu",
+        "block_dequantize",
+        _PACKED | {"projection": "down_proj, nf4, blocks of 64", "dtype": "float32"},
+        times_faster("bitsandbytes"),
+        5,
+        at_least=True,
+    ),
+    *(
+        Target(
+            f"`quant_linear` int4, 4096 x 14336, block 64, 1 token, {dtype}: times faster than "
+            f"{what}",
+            "cpu",
+            "quant_linear",
+            _PACKED | {"tokens": 1, "dtype": dtype},
+            times_faster(provider),
+            bar,
+            at_least=True,
+        )
+        for dtype, what, provider, bar in (
+            ("float32", "`F.linear` in float32", "F.linear float32", 4),
+            ("float32", "`F.linear` in bfloat16", "F.linear bfloat16", 2),
+            ("bfloat16", "`F.linear` in bfloat16", "F.linear bfloat16", 2),
+            ("float32", "bitsandbytes' `matmul_4bit`", _BITSANDBYTES, 15),
+        )
+    ),
+    *(
+        Target(
+            f"`quant_linear` int4, 4096 x 14336, block 64, {tokens} tokens, bfloat16, over "
+            "`F.linear` in bfloat16",
+            "cpu",
+            "quant_linear",
+            _PACKED | {"tokens": tokens, "dtype": "bfloat16"},
+            over_provider("F.linear bfloat16"),
+            bar,
+        )
+        for tokens, bar in ((16, 1.0), (256, 1.25))
+    ),
+    Target(
+        "SmolLM2 in int4, greedy generation, times faster than in bfloat16",
+        "cpu",
+        "quant_generation",
+        {},
+        times_faster("bfloat16 model"),
+        1.5,
+        at_least=True,
+    ),
+    Target(
+        "the same model, bytes of its weights over those of the bfloat16 model",
+        "cpu",
+        "quant_generation",
+        {},
+        weights_over("bfloat16 model"),
+        0.35,
+    ),
+    *(
+        Target(
+            f"`{op}`, int4, bytes a second over those of a copy, 8192 x 28672, bfloat16",
+            "H100",
+            op,
+            {
+                "projection": "down_proj, int4, blocks of 64",
+                "rows": 8192,
+                "columns": 28672,
+                "dtype": "bfloat16",
+            },
+            of_copy,
+            0.8,
+            at_least=True,
+        )
+        for op in ("block_quantize", "block_dequantize")
+    ),
+    *(
+        Target(
+            f"`quant_linear` int4, {name}, block 64, {tokens} tokens, bfloat16: {what}",
+            "H100",
+            "quant_linear",
+            {"tokens": tokens, "rows": rows, "columns": columns, "block": 64, "dtype": "bfloat16"},
+            times_faster(*providers),
+            bar,
+            at_least=True,
+        )
+        for name, (rows, columns) in _PACKED_ON_GPU.items()
+        for tokens in (1, 16, 4096)
+        for what, providers, bar in (
+            ("times faster than `F.linear`", ("F.linear bfloat16",), 1.8),
+            ("times faster than unpacking and `F.linear`", (_UNPACKED,), 1.0),
+            ("times faster than bitsandbytes and gemlite", (_BITSANDBYTES, "gemlite"), 1.0),
+        )
+        if tokens <= 16 or providers == (_UNPACKED,)
     ),
 ]

@@ -34,7 +34,8 @@ def prepared(request):
     case = request.param
     with torch.no_grad():
         inputs = case.make(hash_of(case.label))
-        sets = cold_copies(inputs, machine.describe(DEVICE)["cache_bytes"], DEVICE)
+        cache = machine.describe(DEVICE)["cache_bytes"]
+        sets = cold_copies(inputs, cache, DEVICE, case.cold)
         providers = {provider.name: provider for provider in case.providers()}
         return case, sets, case.judge(inputs), providers
 
