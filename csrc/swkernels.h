@@ -31,7 +31,7 @@
 #endif
 
 // Changes whenever a signature or a meaning below changes; Python refuses another number.
-#define SWK_INTERFACE_VERSION 3
+#define SWK_INTERFACE_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -46,12 +46,25 @@ enum swk_status {
   SWK_BAD_ISA = 5,        // an instruction set that this CPU or this build lacks
   SWK_OUT_OF_MEMORY = 6,
   SWK_CUDA_ERROR = 7,     // see swk_cuda_last_error
-  SWK_BAD_INDEX = 8       // a row or a column outside the matrix
+  SWK_BAD_INDEX = 8,      // a row, column or position outside the matrix, or out of order
 };
 
 enum swk_dtype { SWK_FLOAT32 = 0, SWK_BFLOAT16 = 1, SWK_FLOAT16 = 2 };
 
 enum swk_activation { SWK_SILU = 0, SWK_GELU = 1, SWK_GELU_TANH = 2, SWK_RELU = 3 };
+
+// What stands for an element of a packed matrix; see docs/kernels/quantize.md.
+enum swk_code { SWK_INT4 = 0, SWK_INT8 = 1, SWK_NF4 = 2, SWK_FP4 = 3 };
+
+// How the range of a block is cut.
+enum swk_clip {
+  SWK_CLIP_NONE = 0,
+  SWK_CLIP_ZSCORE = 1,
+  SWK_CLIP_ZSCORE_SIGNED = 2,
+  SWK_CLIP_PERCENTILE = 3,
+  SWK_CLIP_COUNT = 4,
+  SWK_CLIP_SEARCH = 5
+};
 
 enum swk_isa { SWK_ISA_BEST = 0, SWK_ISA_SCALAR = 1, SWK_ISA_AVX2 = 2, SWK_ISA_AVX512 = 3 };
 
@@ -145,6 +158,61 @@ SWK_API int swk_cpu_topk_low_rank(const float* const* B, const float* const* A, 
                                   const int64_t* H, const int64_t* r, int64_t count, int64_t k,
                                   double* sums, int64_t* places, int64_t* which, int threads,
                                   int isa);
+
+// Packed matrices, here and below:
+//   D, H                       the matrix [D, H], at most 2^31 - 1 elements
+//   block_rows, block_columns  0 and n: runs of n elements of the flattened matrix, the last one
+//                              shorter where n does not divide; r and c: tiles, smaller at the
+//                              border. Blocks are numbered in the order of their first elements.
+//   code, symmetric            swk_code; 0 for integers with a zero point in each block
+//   codes                      a byte an element (INT8: two's complement where symmetric), or half
+//                              a byte (symmetric INT4: with 8 added), the first element in the
+//                              high half
+//   scales, scale_dtype        one a block, SWK_FLOAT32 or SWK_FLOAT16
+//   zero_points                one a block, integers of `zero_bytes` (4 or 2) bytes; null where
+//                              symmetric
+//   positions, k               row * H + column of what is kept exactly, ascending
+//   values, value_dtype        [k], what is kept
+
+// Quantizes w [D, H] (contiguous, of `dtype`): ranges without the elements at `positions`, cut by
+// `clip`; scales; codes to nearest, for the scales as they are stored.
+//   zero_bits    an asymmetric block's scale is at least 2^-zero_bits of its largest magnitude
+//   clip_value   see swkernels/backends/plan.py; factors [factor_count] are those of SEARCH
+//   scales       out, or in where `given` is not 0: then only codes are written
+//   zero_points  int32, as scales; null where symmetric
+//   codes        out; null where only scales are wanted
+// A scale is NaN or infinite where its block is, or where scale_dtype does not hold it.
+// Errors: SWK_BAD_SIZE, SWK_BAD_DTYPE, SWK_BAD_INDEX, SWK_BAD_ISA, SWK_OUT_OF_MEMORY.
+SWK_API int swk_cpu_block_quantize(const void* w, int dtype, int64_t D, int64_t H,
+                                   int64_t block_rows, int64_t block_columns, int code,
+                                   int symmetric, int zero_bits, int clip, double clip_value,
+                                   const float* factors, int64_t factor_count,
+                                   const int32_t* positions, int64_t k, void* scales,
+                                   int scale_dtype, int32_t* zero_points, uint8_t* codes,
+                                   int given, int threads, int isa);
+
+// out [D, H] = the values of a packed matrix, rounded once to `dtype`; exact where kept.
+// Errors: SWK_BAD_SIZE, SWK_BAD_DTYPE, SWK_BAD_INDEX, SWK_BAD_ISA.
+SWK_API int swk_cpu_block_dequantize(const uint8_t* codes, int64_t D, int64_t H,
+                                     int64_t block_rows, int64_t block_columns, int code,
+                                     int symmetric, const void* scales, int scale_dtype,
+                                     const void* zero_points, int zero_bytes,
+                                     const int32_t* positions, const void* values,
+                                     int value_dtype, int64_t k, void* out, int dtype,
+                                     int threads, int isa);
+
+// y [T, D] = x W^T + bias of a packed W [D, H]; sums in float32, rounded once.
+//   x     [T, H] of `dtype`, its rows `x_stride` elements apart
+//   bias  [D] of `dtype`, or null
+//   y     [T, D] of `dtype`, contiguous, out
+// Errors: as above, and SWK_OUT_OF_MEMORY.
+SWK_API int swk_cpu_quant_linear(const void* x, int dtype, int64_t x_stride, int64_t T,
+                                 const uint8_t* codes, int64_t D, int64_t H, int64_t block_rows,
+                                 int64_t block_columns, int code, int symmetric,
+                                 const void* scales, int scale_dtype, const void* zero_points,
+                                 int zero_bytes, const int32_t* positions, const void* values,
+                                 int value_dtype, int64_t k, const void* bias, void* y,
+                                 int threads, int isa);
 
 // Merges the per-channel peaks of x into keys, on the current CUDA device.
 //   x, keys, token_index  device pointers; otherwise as swk_cpu_column_absmax. Rows that start on

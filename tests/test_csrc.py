@@ -42,7 +42,7 @@ def test_python_declares_what_the_header_does():
     """As many arguments, of the same kinds, in the same order."""
     header = re.sub(r"//.*", "", (CSRC / "swkernels.h").read_text())
     declared = dict(re.findall(r"SWK_API int (swk_\w+)\(([^)]*)\)", header))
-    kinds = {"int": "c_int", "int64_t": "c_long", "float": "c_float"}
+    kinds = {"int": "c_int", "int64_t": "c_long", "float": "c_float", "double": "c_double"}
 
     def of_header(name):
         types = [re.sub(r"\bconst\b", "", a).split() for a in declared[name].split(",")]

@@ -21,7 +21,7 @@ ISAS = ("best", "scalar", "avx2", "avx512")  # in the order of enum swk_isa
 _OUT_OF_MEMORY = 6  # SWK_OUT_OF_MEMORY
 
 _pointer, _int, _int64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_float = ctypes.c_float
+_float, _double = ctypes.c_float, ctypes.c_double
 _SIGNATURES = {
     "swk_cpu_isa": [_int],
     "swk_cpu_column_absmax": [
@@ -48,6 +48,19 @@ _SIGNATURES = {
     ],
     "swk_cpu_dropout": [
         _pointer, _int64, _int64, _int64, _int64, _int64, _float, _int, _int,
+    ],
+    "swk_cpu_block_quantize": [
+        _pointer, _int, _int64, _int64, _int64, _int64, _int, _int, _int, _int, _double, _pointer,
+        _int64, _pointer, _int64, _pointer, _int, _pointer, _pointer, _int, _int, _int,
+    ],
+    "swk_cpu_block_dequantize": [
+        _pointer, _int64, _int64, _int64, _int64, _int, _int, _pointer, _int, _pointer, _int,
+        _pointer, _pointer, _int, _int64, _pointer, _int, _int, _int,
+    ],
+    "swk_cpu_quant_linear": [
+        _pointer, _int, _int64, _int64, _pointer, _int64, _int64, _int64, _int64, _int, _int,
+        _pointer, _int, _pointer, _int, _pointer, _pointer, _int, _int64, _pointer, _pointer,
+        _int, _int,
     ],
 }  # fmt: skip
 

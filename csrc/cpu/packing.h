@@ -1,0 +1,101 @@
+// Loops over runs of packed elements, compiled once per instruction set (see each_isa.h; hence no
+// include guard and no includes).
+
+SWK_FN SWK_INLINE float scale_of(const Scales& scales, int64_t block) {
+  if (scales.dtype == SWK_FLOAT32) return static_cast<const float*>(scales.values)[block];
+  return to_float<Float16>(static_cast<const int16_t*>(scales.values)[block]);
+}
+
+// One element of any 16- or 32-bit type as float32.
+SWK_FN SWK_INLINE float value_of(const void* values, int dtype, int64_t i) {
+  return dtype == SWK_FLOAT32    ? to_float<Float32>(static_cast<const int32_t*>(values)[i])
+         : dtype == SWK_BFLOAT16 ? to_float<BFloat16>(static_cast<const int16_t*>(values)[i])
+                                 : to_float<Float16>(static_cast<const int16_t*>(values)[i]);
+}
+
+// The code of element p.
+SWK_FN SWK_INLINE int code_of(const uint8_t* codes, const Layout& layout, int64_t p) {
+  if (layout.bytes()) return layout.symmetric ? static_cast<int8_t>(codes[p]) : codes[p];
+  return codes[p / 2] >> (p % 2 ? 0 : 4) & 15;
+}
+
+// What a code stands for in a block: an integer, or an entry of a table, times the scale.
+SWK_FN SWK_INLINE float decoded(const Layout& layout, int code, int32_t zero, float scale) {
+  const float value = layout.bytes() ? static_cast<float>(code) : layout.value4(code);
+  return (value - static_cast<float>(zero)) * scale;
+}
+
+#ifdef SWK_ZMM
+// 32 elements of 4 bits, in order, as entries of a table in a register.
+SWK_FN SWK_INLINE void look_up_32(const uint8_t* codes, __m512 table, __m512& low, __m512& high) {
+  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  const __m512i wide = _mm512_cvtepu8_epi32(packed);
+  const __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), table);
+  const __m512 odd = _mm512_permutexvar_ps(wide, table);  // it reads the low 4 bits only
+  const __m512i first =
+      _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low = _mm512_permutex2var_ps(even, first, odd);
+  high = _mm512_permutex2var_ps(even, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd);
+}
+
+SWK_FN SWK_INLINE void store_16(float* out, __m512 values, bool past_cache) {
+  if (past_cache) {
+    _mm512_stream_ps(out, values);
+  } else {
+    _mm512_storeu_ps(out, values);
+  }
+}
+#endif
+
+// The elements [p, p + n) of one block in float32. `past_cache`: out is written past the caches;
+// element p must then lie on a boundary of 64 bytes.
+SWK_FN SWK_INLINE void decode_run(const uint8_t* codes, const Layout& layout, int64_t p, int64_t n,
+                                  int32_t zero, float scale, float* SWK_RESTRICT out,
+                                  bool past_cache) {
+  const float shift = static_cast<float>(zero);
+  if (layout.bytes()) {
+    (void)past_cache;
+    const uint8_t* const SWK_RESTRICT at = codes + p;
+    if (layout.symmetric) {
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(static_cast<int8_t>(at[i])) * scale;
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i] = (static_cast<float>(at[i]) - shift) * scale;
+    }
+    return;
+  }
+  float values[16];
+  for (int i = 0; i < 16; ++i) values[i] = (layout.value4(i) - shift) * scale;
+  int64_t i = 0;
+  if (p % 2 && n > 0) out[i++] = values[codes[p / 2] & 15];
+  const uint8_t* SWK_RESTRICT at = codes + (p + i) / 2;
+#ifdef SWK_ZMM
+  const __m512 table = _mm512_loadu_ps(values);
+  past_cache = past_cache && i == 0;
+  for (; i + 32 <= n; i += 32, at += 16) {
+    __m512 low, high;
+    look_up_32(at, table, low, high);
+    store_16(out + i, low, past_cache);
+    store_16(out + i + 16, high, past_cache);
+  }
+#else
+  (void)past_cache;
+#endif
+  for (; i + 2 <= n; i += 2, ++at) {
+    out[i] = values[*at >> 4];
+    out[i + 1] = values[*at & 15];
+  }
+  if (i < n) out[i] = values[*at >> 4];
+}
+
+// The elements [begin, end), whatever their blocks, in float32.
+SWK_FN SWK_INLINE void decode(const uint8_t* codes, const Layout& layout, const Scales& scales,
+                              int64_t begin, int64_t end, float* out, bool past_cache) {
+  for (int64_t p = begin; p < end;) {
+    const int64_t stop = std::min(end, layout.run_end(p)), block = layout.block_of(p);
+    float* const to = out + (p - begin);
+    const bool aligned = past_cache && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+    decode_run(codes, layout, p, stop - p, scales.zero_point(block), scale_of(scales, block), to,
+               aligned);
+    p = stop;
+  }
+}

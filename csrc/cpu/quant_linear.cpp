@@ -1,0 +1,438 @@
+// y = x W^T + bias of a packed W, for few tokens: codes are read once for a group of them.
+//
+// With AVX-512 the 128 codes of 64 bytes lie in a register as 16 lanes of 8 adjacent elements
+// each. Shifted by 4 i bits, every lane has its element i ^ 1 in its lowest 4 bits, which are all
+// that a permutation of a table of 16 looks at. So the tokens are brought into that order once,
+// and 16 weights cost a shift, a permutation and a multiply-add. A lane's 8 elements share a
+// block where blocks are multiples of 8 (and rows begin with a lane), so that scale and zero point
+// enter once for 8 of them.
+//
+// Elsewhere a row is decoded to float32 and multiplied.
+
+#ifndef SWK_IN_ISA
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "../swkernels.h"
+#include "coordinates.h"
+#include "dtypes.h"
+#include "isa.h"
+#include "packed.h"
+#include "peaks.h"
+
+namespace swk {
+
+constexpr int64_t kChunk = 128;    // elements of a row at once
+constexpr int kLaneElements = 8;   // of a lane
+constexpr int kLanes = 16;
+constexpr int64_t kMostTokens = 16;  // that share one reading of the codes
+
+struct Product {
+  const void* x;
+  int dtype;
+  int64_t x_stride, T;
+  const uint8_t* codes;
+  Layout layout;
+  Scales scales;
+  Outliers outliers;
+  const void* bias;
+  void* y;
+
+  int64_t chunks() const { return (layout.H + kChunk - 1) / kChunk; }
+  // Whether the lanes of a row begin at whole dwords and lie in one block each.
+  bool in_lanes() const {
+    return !layout.bytes() && layout.H % kLaneElements == 0 && layout.c % kLaneElements == 0;
+  }
+};
+
+// A number of tokens that the compiler knows.
+template <int kCount>
+struct Count {
+  static constexpr int value = kCount;
+};
+
+// Tokens [first, first + count) in float32, in the order that the kernel wants.
+struct Tokens {
+  int64_t first, count;
+  const float* values;  // [count, chunks * kChunk], padded with 0
+  const float* sums;    // [count, chunks * kLanes]: of each lane, for zero points
+  const uint16_t* halves;  // [count, chunks * kChunk] bfloat16 in pairs, or null
+};
+
+}  // namespace swk
+
+#define SWK_PACKING
+#define SWK_SELF "quant_linear.cpp"
+#include "each_isa.h"
+
+namespace swk {
+namespace {
+
+bool has_bfloat16_dot() {
+#if SWK_X86
+  __builtin_cpu_init();
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
+void multiply(const Product& job, int threads, int isa) {
+  const int64_t width = job.chunks() * kChunk;
+  const bool lanes = isa == SWK_ISA_AVX512 && job.in_lanes();
+  // Integers of 4 bits are exact in bfloat16, and so are products of them with its numbers.
+  const bool halves = lanes && job.dtype == SWK_BFLOAT16 && !job.layout.table() &&
+                      job.T > 2 && has_bfloat16_dot();
+  const int64_t group = std::min(job.T, kMostTokens);
+  std::vector<float> values(static_cast<size_t>(group * width));
+  std::vector<float> sums(static_cast<size_t>(group * job.chunks() * kLanes));
+  std::vector<uint16_t> pairs(static_cast<size_t>(halves ? group * width : 0));
+  const auto arrange = SWK_FOR_ISA(isa, arrange_tokens);
+  const auto rows = SWK_FOR_ISA(isa, multiply_rows);
+  // Rows that are worth a task, a multiple of those that the kernel takes at once.
+  constexpr int64_t kGrain = 64 << 10;
+  const int64_t H = std::max<int64_t>(1, job.layout.H), D = job.layout.D;
+  const int64_t chunk = std::clamp<int64_t>(kGrain / H / 4 * 4, 4, 256);
+  std::atomic<bool> failed{false};
+  for (int64_t first = 0; first < job.T; first += group) {
+    const int64_t count = std::min(group, job.T - first);
+    arrange(job, first, count, lanes, values.data(), sums.data(),
+            halves ? pairs.data() : nullptr);
+    const Tokens tokens{first, count, values.data(), sums.data(),
+                        halves ? pairs.data() : nullptr};
+    run_tasks((D + chunk - 1) / chunk, threads, [&](int64_t task) {
+      try {
+        rows(job, tokens, task * chunk, std::min(D, (task + 1) * chunk), lanes);
+      } catch (const std::bad_alloc&) {
+        failed = true;
+      }
+    });
+    if (failed) throw std::bad_alloc();
+  }
+}
+
+}  // namespace
+}  // namespace swk
+
+int swk_cpu_quant_linear(const void* x, int dtype, int64_t x_stride, int64_t T,
+                         const uint8_t* codes, int64_t D, int64_t H, int64_t block_rows,
+                         int64_t block_columns, int code, int symmetric, const void* scales,
+                         int scale_dtype, const void* zero_points, int zero_bytes,
+                         const int32_t* positions, const void* values, int value_dtype, int64_t k,
+                         const void* bias, void* y, int threads, int isa) {
+  using namespace swk;
+  const Layout layout(D, H, block_rows, block_columns, code, symmetric);
+  if (!layout.valid() || T < 0) return SWK_BAD_SIZE;
+  const int resolved = resolve_isa(isa);
+  if (!resolved) return SWK_BAD_ISA;
+  const Scales given{scales, scale_dtype, zero_points, zero_bytes};
+  if (dtype < SWK_FLOAT32 || dtype > SWK_FLOAT16 || !given.valid()) return SWK_BAD_DTYPE;
+  if (value_dtype < SWK_FLOAT32 || value_dtype > SWK_FLOAT16) return SWK_BAD_DTYPE;
+  const Outliers outliers{positions, values, value_dtype, k};
+  if (!outliers.valid(layout.elements())) return SWK_BAD_INDEX;
+  if (T == 0 || D == 0) return SWK_OK;
+  if (!y || (H > 0 && (!x || !codes || !scales)) || (k > 0 && !values)) return SWK_BAD_SIZE;
+  try {
+    multiply({x, dtype, x_stride, T, codes, layout, given, outliers, bias, y}, threads, resolved);
+  } catch (const std::bad_alloc&) {
+    return SWK_OUT_OF_MEMORY;
+  }
+  return SWK_OK;
+}
+
+#else  // once per instruction set
+
+SWK_FN SWK_INLINE float token_of(const Product& job, int64_t t, int64_t column) {
+  return value_of(job.x, job.dtype, t * job.x_stride + column);
+}
+
+// Token `first` + t of x in float32; where `lanes`, element 8 l + (i ^ 1) of a chunk goes to
+// place 16 i + l.
+SWK_FN void arrange_tokens(const Product& job, int64_t first, int64_t count, bool lanes,
+                           float* values, float* sums, uint16_t* halves) {
+  const int64_t H = job.layout.H, chunks = job.chunks(), width = chunks * kChunk;
+  std::vector<float> row(static_cast<size_t>(width));
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t at = (first + t) * job.x_stride;
+    if (job.dtype == SWK_FLOAT32) {
+      std::memcpy(row.data(), static_cast<const float*>(job.x) + at,
+                  static_cast<size_t>(H) * sizeof(float));
+    } else if (job.dtype == SWK_BFLOAT16) {
+      const auto* const x = static_cast<const int16_t*>(job.x) + at;
+      for (int64_t i = 0; i < H; ++i) row[static_cast<size_t>(i)] = to_float<BFloat16>(x[i]);
+    } else {
+      const auto* const x = static_cast<const int16_t*>(job.x) + at;
+      for (int64_t i = 0; i < H; ++i) row[static_cast<size_t>(i)] = to_float<Float16>(x[i]);
+    }
+    float* const out = values + t * width;
+    if (!lanes) {
+      std::memcpy(out, row.data(), static_cast<size_t>(width) * sizeof(float));
+      continue;
+    }
+    for (int64_t c = 0; c < chunks; ++c) {
+      const float* const from = row.data() + c * kChunk;
+      float* const to = out + c * kChunk;
+      float* const sum = sums + (t * chunks + c) * kLanes;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        float total = 0.0f;
+        for (int i = 0; i < kLaneElements; ++i) {
+          const float value = from[kLaneElements * lane + (i ^ 1)];
+          to[kLanes * i + lane] = value;
+          total += value;
+        }
+        sum[lane] = total;
+      }
+      if (!halves) continue;
+      // 32 words of 4 elements each: word w of shift i has element 4 w + (i ^ 1).
+      uint16_t* const words = halves + t * width + c * kChunk;
+      for (int i = 0; i < 4; ++i) {
+        for (int w = 0; w < 32; ++w) {
+          words[32 * i + w] = static_cast<uint16_t>(bits_of(from[4 * w + (i ^ 1)]) >> 16);
+        }
+      }
+    }
+  }
+}
+
+// The row's sum for one token, less what the codes of outliers contribute, and with their values
+// and the bias; rounded once.
+SWK_FN SWK_INLINE void finish_row(const Product& job, int64_t t, int64_t row, float sum,
+                                  int64_t outlier) {
+  const Layout& layout = job.layout;
+  const int64_t end = (row + 1) * layout.H;
+  for (; outlier < job.outliers.count && job.outliers.positions[outlier] < end; ++outlier) {
+    const int64_t p = job.outliers.positions[outlier], block = layout.block_of(p);
+    const float coded = decoded(layout, code_of(job.codes, layout, p),
+                                job.scales.zero_point(block), scale_of(job.scales, block));
+    const float x = token_of(job, t, p - row * layout.H);
+    sum -= x * coded;  // exactly nothing is left of a token that is 1 here and 0 elsewhere
+    sum += x * value_of(job.outliers.values, job.outliers.dtype, outlier);
+  }
+  if (job.bias) sum += value_of(job.bias, job.dtype, row);
+  const int64_t at = t * layout.D + row;
+  if (job.dtype == SWK_FLOAT32) {
+    static_cast<float*>(job.y)[at] = sum;
+  } else if (job.dtype == SWK_BFLOAT16) {
+    static_cast<int16_t*>(job.y)[at] = from_float<BFloat16>(sum);
+  } else {
+    static_cast<int16_t*>(job.y)[at] = from_float<Float16>(sum);
+  }
+}
+
+SWK_FN SWK_INLINE float dot(const float* SWK_RESTRICT a, const float* SWK_RESTRICT b, int64_t n) {
+  float sums[64] = {};
+  for (int64_t i = 0; i < n; i += 64) {  // n is a multiple of kChunk
+    for (int j = 0; j < 64; ++j) sums[j] += a[i + j] * b[i + j];
+  }
+  float sum = 0.0f;
+  for (int j = 0; j < 64; ++j) sum += sums[j];
+  return sum;
+}
+
+#ifdef SWK_ZMM
+// The scale and the zero point of every lane of a row [chunks * kLanes], 0 beyond its end.
+SWK_FN void lane_scales(const Product& job, int64_t row, float* scales, float* zeros) {
+  const Layout& layout = job.layout;
+  const int64_t lanes = layout.H / kLaneElements, begin = row * layout.H;
+  for (int64_t lane = 0; lane < lanes;) {
+    const int64_t p = begin + lane * kLaneElements, block = layout.block_of(p);
+    const int64_t stop = std::min(lanes, (layout.run_end(p) - begin) / kLaneElements);
+    const float scale = scale_of(job.scales, block);
+    const auto zero = static_cast<float>(job.scales.zero_point(block));
+    if (stop - lane == 8) {  // blocks of 64
+      _mm256_storeu_ps(scales + lane, _mm256_set1_ps(scale));
+      if (zeros) _mm256_storeu_ps(zeros + lane, _mm256_set1_ps(zero));
+    } else {
+      std::fill(scales + lane, scales + stop, scale);
+      if (zeros) std::fill(zeros + lane, zeros + stop, zero);
+    }
+    lane = stop;
+  }
+}
+
+// kRows rows of codes with kTokens tokens. sums[r][t], lanes added up.
+template <int kRowsAtOnce, int kTokens>
+SWK_FN SWK_INLINE void multiply_lanes(const Product& job, const Tokens& tokens, int64_t t0,
+                                      int64_t row, const float* scales, const float* zeros,
+                                      __m512 table, float* sums) {
+  const int64_t H = job.layout.H, chunks = job.chunks(), width = chunks * kChunk;
+  const auto tail = static_cast<int>((H - (chunks - 1) * kChunk) / kLaneElements);
+  const uint8_t* const codes = job.codes + row * H / 2;
+  const float* const x = tokens.values + t0 * width;
+  __m512 total[kRowsAtOnce][kTokens];
+  for (int r = 0; r < kRowsAtOnce; ++r) {
+    for (int t = 0; t < kTokens; ++t) total[r][t] = _mm512_setzero_ps();
+  }
+  for (int64_t c = 0; c < chunks; ++c) {
+    const __mmask16 mask =
+        c + 1 < chunks ? __mmask16{0xFFFF} : static_cast<__mmask16>(0xFFFFu >> (kLanes - tail));
+    __m512i packed[kRowsAtOnce];
+    __m512 part[kRowsAtOnce][kTokens];
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      packed[r] = _mm512_maskz_loadu_epi32(mask, codes + r * H / 2 + c * kChunk / 2);
+      for (int t = 0; t < kTokens; ++t) part[r][t] = _mm512_setzero_ps();
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kLaneElements; ++i) {
+      __m512 values[kTokens];
+      for (int t = 0; t < kTokens; ++t) {
+        values[t] = _mm512_loadu_ps(x + t * width + c * kChunk + i * kLanes);
+      }
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+        const __m512i index = _mm512_srli_epi32(packed[r], static_cast<unsigned>(4 * i));
+        const __m512 weight = _mm512_permutexvar_ps(index, table);
+        for (int t = 0; t < kTokens; ++t) {
+          part[r][t] = _mm512_fmadd_ps(weight, values[t], part[r][t]);
+        }
+      }
+    }
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      const __m512 scale = _mm512_loadu_ps(scales + (r * chunks + c) * kLanes);
+      if (zeros) {
+        const __m512 zero = _mm512_loadu_ps(zeros + (r * chunks + c) * kLanes);
+        for (int t = 0; t < kTokens; ++t) {
+          const __m512 lane = _mm512_loadu_ps(tokens.sums + ((t0 + t) * chunks + c) * kLanes);
+          part[r][t] = _mm512_fnmadd_ps(zero, lane, part[r][t]);
+        }
+      }
+      for (int t = 0; t < kTokens; ++t) {
+        total[r][t] = _mm512_fmadd_ps(part[r][t], scale, total[r][t]);
+      }
+    }
+  }
+  for (int r = 0; r < kRowsAtOnce; ++r) {
+    for (int t = 0; t < kTokens; ++t) sums[r * kTokens + t] = _mm512_reduce_add_ps(total[r][t]);
+  }
+}
+
+#define SWK_FN_BF16                                                                     \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")))
+
+// One row with kTokens tokens in bfloat16: pairs of products at once, sums in float32.
+template <int kTokens>
+SWK_FN_BF16 void multiply_halves(const Product& job, const Tokens& tokens, int64_t t0, int64_t row,
+                                 const float* scales, const float* zeros, __m512i table,
+                                 float* sums) {
+  const int64_t H = job.layout.H, chunks = job.chunks(), width = chunks * kChunk;
+  const auto tail = static_cast<int>((H - (chunks - 1) * kChunk) / kLaneElements);
+  const uint8_t* const codes = job.codes + row * H / 2;
+  const uint16_t* const x = tokens.halves + t0 * width;
+  __m512 total[kTokens];
+  for (int t = 0; t < kTokens; ++t) total[t] = _mm512_setzero_ps();
+  for (int64_t c = 0; c < chunks; ++c) {
+    const __mmask16 mask =
+        c + 1 < chunks ? __mmask16{0xFFFF} : static_cast<__mmask16>(0xFFFFu >> (kLanes - tail));
+    const __m512i packed = _mm512_maskz_loadu_epi32(mask, codes + c * kChunk / 2);
+    const __m512 scale = _mm512_loadu_ps(scales + c * kLanes);
+    __m512i weights[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      // The permutation reads 5 bits: the table stands there twice.
+      weights[i] = _mm512_permutexvar_epi16(
+          _mm512_srli_epi16(packed, static_cast<unsigned>(4 * i)), table);
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; ++t) {
+      __m512 part = _mm512_setzero_ps();
+      for (int i = 0; i < 4; ++i) {
+        const __m512i values = _mm512_loadu_si512(x + t * width + c * kChunk + i * 32);
+        part = _mm512_dpbf16_ps(part, (__m512bh)weights[i], (__m512bh)values);
+      }
+      if (zeros) {
+        const __m512 lane = _mm512_loadu_ps(tokens.sums + ((t0 + t) * chunks + c) * kLanes);
+        part = _mm512_fnmadd_ps(_mm512_loadu_ps(zeros + c * kLanes), lane, part);
+      }
+      total[t] = _mm512_fmadd_ps(part, scale, total[t]);
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) sums[t] = _mm512_reduce_add_ps(total[t]);
+}
+
+SWK_FN void rows_in_lanes(const Product& job, const Tokens& tokens, int64_t begin, int64_t end) {
+  constexpr int kRowsAtOnce = 4;
+  const Layout& layout = job.layout;
+  const int64_t places = job.chunks() * kLanes;
+  std::vector<float> scales(static_cast<size_t>(kRowsAtOnce * places));
+  std::vector<float> zeros(layout.symmetric ? 0 : scales.size());
+  float* const shift = layout.symmetric ? nullptr : zeros.data();
+  float values[16];
+  uint16_t words[32];
+  for (int i = 0; i < 16; ++i) {
+    values[i] = layout.value4(i);
+    words[i] = words[i + 16] = static_cast<uint16_t>(bits_of(values[i]) >> 16);
+  }
+  const __m512 table = _mm512_loadu_ps(values);
+  const __m512i table16 = _mm512_loadu_si512(words);
+  int64_t outlier = job.outliers.from(begin * layout.H);
+  for (int64_t row = begin; row < end; row += kRowsAtOnce) {
+    const auto rows = static_cast<int>(std::min<int64_t>(kRowsAtOnce, end - row));
+    for (int r = 0; r < rows; ++r) {
+      lane_scales(job, row + r, scales.data() + r * places, shift ? shift + r * places : nullptr);
+    }
+    float sums[kRowsAtOnce][kMostTokens];
+    const auto one_row = [&](int r, int64_t t, auto count) SWK_FN {
+      constexpr int kTokens = decltype(count)::value;
+      multiply_lanes<1, kTokens>(job, tokens, t, row + r, scales.data() + r * places,
+                                 shift ? shift + r * places : nullptr, table, sums[r] + t);
+    };
+    const auto half_row = [&](int r, int64_t t, auto count) SWK_FN {
+      constexpr int kTokens = decltype(count)::value;
+      multiply_halves<kTokens>(job, tokens, t, row + r, scales.data() + r * places,
+                               shift ? shift + r * places : nullptr, table16, sums[r] + t);
+    };
+    if (tokens.count == 1 && rows == kRowsAtOnce) {
+      float each[kRowsAtOnce];
+      multiply_lanes<kRowsAtOnce, 1>(job, tokens, 0, row, scales.data(), shift, table, each);
+      for (int r = 0; r < rows; ++r) sums[r][0] = each[r];
+    } else {
+      for (int r = 0; r < rows; ++r) {
+        int64_t t = 0;
+        if (tokens.halves) {
+          for (; t + 16 <= tokens.count; t += 16) half_row(r, t, Count<16>());
+          for (; t + 4 <= tokens.count; t += 4) half_row(r, t, Count<4>());
+          for (; t < tokens.count; ++t) half_row(r, t, Count<1>());
+        }
+        for (; t + 8 <= tokens.count; t += 8) one_row(r, t, Count<8>());
+        for (; t + 4 <= tokens.count; t += 4) one_row(r, t, Count<4>());
+        for (; t < tokens.count; ++t) one_row(r, t, Count<1>());
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      while (outlier < job.outliers.count &&
+             job.outliers.positions[outlier] < (row + r) * layout.H) {
+        ++outlier;
+      }
+      for (int64_t t = 0; t < tokens.count; ++t) {
+        finish_row(job, tokens.first + t, row + r, sums[r][t], outlier);
+      }
+    }
+  }
+}
+#endif
+
+// The rows [begin, end) of W with a group of tokens.
+SWK_FN void multiply_rows(const Product& job, const Tokens& tokens, int64_t begin, int64_t end,
+                          bool lanes) {
+#ifdef SWK_ZMM
+  if (lanes) return rows_in_lanes(job, tokens, begin, end);
+#endif
+  (void)lanes;
+  const int64_t H = job.layout.H, width = job.chunks() * kChunk;
+  std::vector<float> row_values(static_cast<size_t>(width));
+  for (int64_t row = begin; row < end; ++row) {
+    decode(job.codes, job.layout, job.scales, row * H, (row + 1) * H, row_values.data(), false);
+    const int64_t outlier = job.outliers.from(row * H);
+    for (int64_t t = 0; t < tokens.count; ++t) {
+      const float sum = dot(row_values.data(), tokens.values + t * width, width);
+      finish_row(job, tokens.first + t, row, sum, outlier);
+    }
+  }
+}
+
+#endif

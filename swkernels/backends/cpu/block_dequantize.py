@@ -1,0 +1,44 @@
+"""The values of a packed matrix in C++, see ``csrc/cpu/block_dequantize.cpp``."""
+
+from __future__ import annotations
+
+import torch
+
+from swkernels.backends.native import DTYPES
+from swkernels.backends.plan import CODES
+
+from . import address, call
+
+
+def supports(codes: torch.Tensor, plan, dtype: torch.dtype) -> str | None:
+    if codes.device.type != "cpu":
+        return f"it takes CPU tensors, got {codes.device}"
+    if str(dtype) not in DTYPES:
+        return f"it gives float32, bfloat16 and float16, not {dtype}"
+    return None
+
+
+def block_dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    positions: torch.Tensor,
+    values: torch.Tensor,
+    plan,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return the matrix [D, H] in ``dtype``."""
+    out = torch.empty(plan.rows, plan.columns, dtype=dtype)
+    packed = arguments(codes, scales, zero_points, positions, values, plan)
+    call("block_dequantize", *packed, out.data_ptr(), DTYPES[str(dtype)])
+    return out
+
+
+def arguments(codes, scales, zero_points, positions, values, plan) -> tuple:
+    """A packed matrix as functions of the library take it."""
+    return (
+        codes.data_ptr(), plan.rows, plan.columns, *plan.block, CODES.index(plan.code.name),
+        plan.code.symmetric, scales.data_ptr(), DTYPES[str(scales.dtype)], address(zero_points),
+        0 if zero_points is None else zero_points.itemsize, positions.data_ptr(),
+        values.data_ptr(), DTYPES[str(values.dtype)], len(positions),
+    )  # fmt: skip
