@@ -19,6 +19,9 @@ _EXPORTS = {
     "ScanConfig": "swkernels.detect.scan:ScanConfig",
     "ScanReport": "swkernels.detect.report:ScanReport",
     "train": "swkernels.train",
+    "quantize": "swkernels.quant:quantize",
+    "QuantConfig": "swkernels.quant:QuantConfig",
+    "QuantReport": "swkernels.quant:QuantReport",
     "accelerate_lora": "swkernels.integrations.peft:accelerate_lora",
 }
 

@@ -210,14 +210,17 @@ class ExpertObserver(TorchFunctionMode):
 
     def _owner(self, weight) -> DownProjection | None:
         """The fused projection that ``weight`` is (a part of); asked anew, for weights move."""
+        stack = getattr(weight, "stack", weight)  # of a packed expert's weight
         for projection in self._fused:
-            if _same_storage(weight, projection.weight):
+            if stack is projection.weight or _same_storage(weight, projection.weight):
                 return projection
         return None
 
     def _product(self, a, b, y: torch.Tensor, bias_inside: bool) -> None:
         """x @ weight or weight @ x, with the weight of one expert, of all, or of one per row."""
         for x, weight, out in ((a, b, y), (b, a, y.mT if y.dim() > 1 else y)):
+            if not isinstance(x, torch.Tensor):
+                continue  # a packed weight
             x = x if x is a else x.mT if x.dim() > 1 else x
             if self._weights is not None and self._weights[0]() is weight:
                 _, projection, experts = self._weights
@@ -230,8 +233,7 @@ class ExpertObserver(TorchFunctionMode):
                 for e in range(projection.experts):
                     self._dense_rows(projection, e, x[e], out[e])
                 return None
-            size = projection.rows * projection.columns
-            expert = (weight.storage_offset() - projection.weight.storage_offset()) // size
+            expert = _expert_of(weight, projection)
             self._hold(projection, [(expert, slice(None))], x, out, bias_inside)
             return None
         return None
@@ -310,6 +312,14 @@ def observe_experts(projections: list[DownProjection], callback: Callback) -> It
             del scope.__dict__["forward"]
         else:
             scope.__dict__["forward"] = before
+
+
+def _expert_of(weight, projection: DownProjection) -> int:
+    """Which of the experts ``weight`` is, a part of the projection's."""
+    if not isinstance(weight, torch.Tensor):
+        return weight.expert
+    size = projection.rows * projection.columns
+    return (weight.storage_offset() - projection.weight.storage_offset()) // size
 
 
 def _same_storage(a: object, b: object) -> bool:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from .structure import matrices_of
+
 _DOWN = re.compile(r"(^|_)(down|w2|fc2|wo|output|out|contract)(_|$)")
 
 
@@ -36,8 +38,8 @@ def fused_weight(parent: nn.Module, name: str, module: nn.Module, width: int) ->
     return _reading(module, stacks, width) or _of_rows(module, width)
 
 
-def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 3}
+def _stacks(module: nn.Module) -> dict[str, nn.Parameter | nn.Module]:
+    return {name: weight for name, weight in matrices_of(module).items() if weight.dim() == 3}
 
 
 def _reading(module: nn.Module, weights: dict, width: int) -> FusedWeight | None:
@@ -71,7 +73,7 @@ def _expands(weight, layout: str, columns: int, width: int) -> bool:
 def _of_rows(module: nn.Module, width: int) -> FusedWeight | None:
     """Weights [E * columns, rows] of one shape, experts stacked along the rows (DBRX)."""
     experts = getattr(module, "moe_num_experts", None) or getattr(module, "num_experts", None)
-    flat = {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 2}
+    flat = {name: weight for name, weight in matrices_of(module).items() if weight.dim() == 2}
     down = [name for name in flat if _DOWN.search(name)]
     if not isinstance(experts, int) or len(flat) < 2 or len(down) != 1:
         return None

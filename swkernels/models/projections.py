@@ -30,6 +30,7 @@ from .structure import (
     linear_children,
     routed_scope,
     stacks,
+    text_stacks,
     weight_name,
 )
 
@@ -77,7 +78,10 @@ class DownProjection:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight as it is stored (its largest tensor, where a quantizer has packed it)."""
+        """The weight as it is stored.
+
+        Where a quantizer has packed it: its largest tensor, or the module of packed experts.
+        """
         weight: object = self.module
         for part in self.parameter.split("."):
             weight = getattr(weight, part)
@@ -94,6 +98,11 @@ class DownProjection:
                 view; or the expert is none of its experts.
         """
         weight = self.weight
+        if getattr(weight, "is_expert_stack", False):
+            raise InvalidInput(
+                f"{self.name} is packed ({weight.extra_repr()}): expected a floating-point weight; "
+                "load the model unquantized"
+            )
         if weight.is_meta:
             raise InvalidInput(
                 f"{self.name} is on the meta device: expected a weight in memory; load or "
@@ -155,7 +164,7 @@ def find_down_projections(model: nn.Module, towers: str = "text") -> list[DownPr
     found: list[DownProjection] = []
     seen: set[tuple[nn.Module, str]] = set()
     every = stacks(root)
-    for stack in every if towers == "all" else _text(every):
+    for stack in every if towers == "all" else text_stacks(every):
         for layer, block_name, block in stack.blocks:
             for projection in _in_block(block, block_name, layer, stack.width):
                 owner = (projection.module, projection.parameter)
@@ -170,12 +179,8 @@ def find_down_projections(model: nn.Module, towers: str = "text") -> list[DownPr
 def skipped_towers(model: nn.Module) -> list[tuple[str, str]]:
     """Return (name, reason) of each list of blocks that ``towers="text"`` leaves out."""
     every = stacks(base_of(model)[0])
-    kept = _text(every)
+    kept = text_stacks(every)
     return [(stack.name, stack.tower) for stack in every if stack not in kept]
-
-
-def _text(every: list[Stack]) -> list[Stack]:
-    return [stack for stack in every if stack.tower is None] or every
 
 
 def _in_block(block, block_name: str, layer: int, width: int) -> list[DownProjection]:

@@ -76,6 +76,11 @@ def stacks(root: nn.Module) -> list[Stack]:
     return found
 
 
+def text_stacks(every: list[Stack]) -> list[Stack]:
+    """Those of ``every`` that are text's; all of them where none is."""
+    return [stack for stack in every if stack.tower is None] or every
+
+
 def base_of(module: nn.Module) -> tuple[nn.Module, str]:
     """Look through adapters (PEFT's ``base_layer``) and ``torch.compile``: (module, path to it)."""
     prefix = ""
@@ -155,9 +160,19 @@ def is_mixer(module: nn.Module) -> bool:
     return bool(own) and any(isinstance(getattr(module, heads, None), int) for heads in _HEADS)
 
 
+def matrices_of(module: nn.Module) -> dict[str, nn.Parameter | nn.Module]:
+    """The parameters of a module, and the packed experts that stand in the place of one.
+
+    Those have ``shape`` and ``dim()`` too (``swkernels.nn.quant_experts``).
+    """
+    held = {name: p for name, p in module._parameters.items() if p is not None}
+    stacks = {n: m for n, m in module._modules.items() if getattr(m, "is_expert_stack", False)}
+    return held | stacks
+
+
 def has_expert_stack(module: nn.Module) -> bool:
     """Whether a module holds a parameter with a matrix per expert, or per anything."""
-    return any(p is not None and p.dim() == 3 for p in module._parameters.values())
+    return any(weight.dim() == 3 for weight in matrices_of(module).values())
 
 
 def routed_scope(block: nn.Module, name: str) -> nn.Module:
@@ -225,9 +240,9 @@ def _width(root: nn.Module, blocks: tuple[tuple[int, str, nn.Module], ...]) -> i
             if shape is not None:
                 touched.update(set(shape))
                 continue
-            for parameter in module._parameters.values():
-                if parameter is not None and parameter.dim() == 3:
-                    touched.update(set(parameter.shape[1:]))
+            for weight in matrices_of(module).values():
+                if weight.dim() == 3:
+                    touched.update(set(weight.shape[1:]))
             if "norm" in type(module).__name__.lower():
                 known.update(_norm_widths(module))
     candidates = {width: n for width, n in touched.items() if width in known} or touched

@@ -126,15 +126,19 @@ def _positions(matrix, plan, outliers, largest, largest_per) -> torch.Tensor:
     if largest_per not in ("tensor", "block"):
         raise InvalidInput(f"largest_per must be 'tensor' or 'block', got {largest_per!r}")
     found = [_listed(outliers, plan, matrix.device)]
-    wanted = len(found[0]) + largest * (plan.blocks if largest_per == "block" else 1)
-    if wanted > max(plan.elements // ELEMENTS_PER_OUTLIER, plan.rows, ELEMENTS_PER_OUTLIER):
-        raise InvalidInput(
-            f"{wanted} outliers of {plan.elements} elements are more than one in "
-            f"{ELEMENTS_PER_OUTLIER}: keep fewer, or use an 8-bit code"
-        )
+    check_count(len(found[0]) + largest * (plan.blocks if largest_per == "block" else 1), plan)
     if largest and plan.elements:
         found.append(_largest(matrix, plan, largest, largest_per))
     return torch.cat(found).unique().to(torch.int32)
+
+
+def check_count(count: int, plan: Plan) -> None:
+    """Raise InvalidInput if so many outliers are too many for a matrix."""
+    if count > max(plan.elements // ELEMENTS_PER_OUTLIER, plan.rows, ELEMENTS_PER_OUTLIER):
+        raise InvalidInput(
+            f"{count} outliers of {plan.elements} elements are more than one in "
+            f"{ELEMENTS_PER_OUTLIER}: keep fewer, or use an 8-bit code"
+        )
 
 
 def _listed(outliers, plan, device) -> torch.Tensor:

@@ -1,0 +1,242 @@
+"""What quantizing a model did to it, layer by layer: a JSON document with a versioned schema."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from swkernels.backends.blocks import to_blocks
+from swkernels.errors import InvalidInput
+from swkernels.ops.quantized import QuantizedTensor
+from swkernels.train.files import read_json, write_atomically
+
+from .config import QuantConfig
+
+SCHEMA = "swkernels.quantize/1"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One packed matrix.
+
+    Attributes:
+        name: path of the module that owns it; of stacked experts with the parameter's name.
+        expert: which of stacked experts; None for any other matrix.
+        shape: (D, H).
+        bits: of a code.
+        error: root mean square of what quantizing changed, as a share of that of the weight.
+        worst_block: the block with the largest root mean square change.
+        worst_error: that change, as a share of the root mean square of the whole weight.
+        super_weights: [row, column, value] of each listed weight that is kept exactly.
+        largest: how many others are kept exactly.
+        bytes_before, bytes_after: of the weight, and of all that is packed.
+    """
+
+    name: str
+    expert: int | None
+    shape: tuple[int, int]
+    bits: int
+    error: float
+    worst_block: int
+    worst_error: float
+    super_weights: tuple[tuple[int, int, float], ...]
+    largest: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """What ``swkernels.quantize`` did.
+
+    Attributes:
+        model: the class of the model, and where it was loaded from if that is known.
+        config: how it was quantized.
+        layers: what was quantized, in the model's order.
+        left_out: (name, reason) of each matrix that was not.
+        bytes_before, bytes_after: of all parameters and buffers of the model.
+    """
+
+    model: str
+    config: QuantConfig
+    layers: tuple[LayerReport, ...]
+    left_out: tuple[tuple[str, str], ...]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def error(self) -> float:
+        """The mean of the layers' errors, each counting with its number of elements."""
+        elements = sum(math.prod(layer.shape) for layer in self.layers)
+        total = sum(layer.error * math.prod(layer.shape) for layer in self.layers)
+        return total / elements if elements else 0.0
+
+    @property
+    def worst(self) -> LayerReport | None:
+        """The layer with the largest error."""
+        return max(self.layers, key=lambda layer: layer.error, default=None)
+
+    @property
+    def super_weights(self) -> int:
+        """How many listed weights are kept."""
+        return sum(len(layer.super_weights) for layer in self.layers)
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return f"{self.model}: nothing was quantized"
+        return (
+            f"{self.model}: {len(self.layers)} matrices in {self.config.code}, "
+            f"{self.super_weights} super weights kept, mean error {self.error:.2%}, worst "
+            f"{self.worst.error:.2%} ({self.worst.name}), {_megabytes(self.bytes_before)} -> "
+            f"{_megabytes(self.bytes_after)}"
+        )
+
+    def to_dict(self) -> dict:
+        """Return the document."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "config": self.config.to_dict(),
+            "layers": [asdict(layer) for layer in self.layers],
+            "left_out": [{"name": name, "reason": reason} for name, reason in self.left_out],
+            "total": {
+                "matrices": len(self.layers),
+                "elements": sum(math.prod(layer.shape) for layer in self.layers),
+                "super_weights": self.super_weights,
+                "largest": sum(layer.largest for layer in self.layers),
+                "error": self.error,
+                "bytes_before": self.bytes_before,
+                "bytes_after": self.bytes_after,
+            },
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the document as JSON, aside and then renamed.
+
+        Raises:
+            InvalidInput: the folder is not there or cannot be written.
+        """
+        write_atomically(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False).encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> QuantReport:
+        """Read a document that ``save`` wrote.
+
+        Raises:
+            InvalidInput: not such a report, or a damaged one.
+        """
+        data = read_json(path)
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if schema != SCHEMA:
+            raise InvalidInput(f"{path}: expected a report of schema {SCHEMA}, got {schema!r:.200}")
+        try:
+            layers = [
+                LayerReport(**layer | {
+                    "shape": tuple(layer["shape"]),
+                    "super_weights": tuple(map(tuple, layer["super_weights"])),
+                })
+                for layer in data["layers"]
+            ]  # fmt: skip
+            left_out = [(entry["name"], entry["reason"]) for entry in data["left_out"]]
+            total = data["total"]
+            return cls(
+                data["model"], QuantConfig.from_dict(data["config"]), tuple(layers),
+                tuple(left_out), total["bytes_before"], total["bytes_after"],
+            )  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise InvalidInput(f"{path} is damaged ({type(error).__name__} {error})") from error
+
+    def table(self):
+        """The layers as a table for a console of rich; the experts of a stack in one row."""
+        from rich.table import Table
+
+        table = Table(title=self.model, title_justify="left")
+        table.add_column("layer", overflow="fold")
+        for title in ("shape", "bits", "error", "worst block", "kept", "bytes"):
+            table.add_column(title, justify="right")
+        for group in _by_name(self.layers):
+            table.add_row(*_cells(group))
+        return table
+
+
+def describe(
+    name: str,
+    expert: int | None,
+    matrix: torch.Tensor,
+    q: QuantizedTensor,
+    listed: torch.Tensor | None,
+) -> LayerReport:
+    """Compare a matrix [D, H] with what it was packed to.
+
+    Args:
+        listed: the super weights among its outliers, [k, 2].
+    """
+    error, block, worst = _errors(matrix, q)
+    pairs = [] if listed is None else listed.tolist()
+    kept = [(row, col, float(matrix[row, col])) for row, col in pairs]
+    return LayerReport(
+        name, expert, (q.plan.rows, q.plan.columns), q.plan.code.bits, error, block, worst,
+        tuple(kept), len(q.positions) - len(kept),
+        matrix.numel() * matrix.element_size(), q.nbytes,
+    )  # fmt: skip
+
+
+def _errors(matrix: torch.Tensor, q: QuantizedTensor) -> tuple[float, int, float]:
+    """The relative error, the worst block, and its error; see ``LayerReport``."""
+    plan = q.plan
+    change = q.dequantize(torch.float32).sub_(matrix).square_()
+    per_block = to_blocks(change, plan.block, 0.0).sum(1, dtype=torch.float64)  # [blocks]
+    power = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    if not plan.elements or power == 0:
+        return 0.0, 0, 0.0  # a matrix of zeros is packed exactly
+    sizes = _sizes(plan, per_block.device)
+    means = per_block / sizes
+    block = int(means.argmax())
+    worst = math.sqrt(float(means[block]) / (power / plan.elements))
+    return math.sqrt(float(per_block.sum()) / power), block, worst
+
+
+def _sizes(plan, device) -> torch.Tensor:
+    """The number of elements of each block [blocks], float64."""
+    r, c = plan.block
+    if r == 0:
+        sizes = torch.full((plan.blocks,), c, dtype=torch.float64, device=device)
+        sizes[-1] = plan.elements - c * (plan.blocks - 1)
+        return sizes
+    down = torch.full((-(-plan.rows // r),), r, dtype=torch.float64, device=device)
+    across = torch.full((-(-plan.columns // c),), c, dtype=torch.float64, device=device)
+    down[-1] = plan.rows - r * (len(down) - 1)
+    across[-1] = plan.columns - c * (len(across) - 1)
+    return torch.outer(down, across).view(-1)
+
+
+def _by_name(layers) -> list[list[LayerReport]]:
+    groups: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        groups.setdefault(layer.name, []).append(layer)
+    return list(groups.values())
+
+
+def _cells(group: list[LayerReport]) -> tuple[str, ...]:
+    worst = max(group, key=lambda layer: layer.error)
+    shape = " x ".join(map(str, worst.shape))
+    before = sum(layer.bytes_before for layer in group)
+    after = sum(layer.bytes_after for layer in group)
+    kept = sum(len(layer.super_weights) + layer.largest for layer in group)
+    return (
+        group[0].name,
+        shape if worst.expert is None else f"{len(group)} x {shape}",
+        str(worst.bits),
+        f"{worst.error:.2%}",
+        f"{worst.worst_error:.2%} ({worst.worst_block})",
+        str(kept),
+        f"{after / before:.1%}",
+    )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
