@@ -92,7 +92,7 @@ def integer_linear(
             f"{q.device}"
         )
     if H * 127**2 >= 2**31:
-        raise InvalidInput(f"int32 sums hold at most {2**31 // 127**2} columns, got {H}: split them")
+        raise InvalidInput(f"int32 sums hold {2**31 // 127**2} columns at most, got {H}: split x")
     sums = _int_mm(x.codes.view(T, H), q.codes.view(D, H))
     y = sums.float() * x.block_scales()[:, None] * q.block_scales()[None, :]
     y = _add_kept_weights(y, x, q)
