@@ -68,10 +68,10 @@ def quantize(
             show("checking", number, len(layers))
             check(layer, config, listed)
         show("checking", len(layers), len(layers))
-        before = _bytes(root)
+        before = size_of(root)
         reports = _replace(root, layers, config, listed, show, backend)
     return QuantReport(
-        _label(root), config, tuple(reports), tuple(left_out), before, _bytes(root)
+        _label(root), config, tuple(reports), tuple(left_out), before, size_of(root)
     )
 
 
