@@ -217,7 +217,8 @@ def _place(name: str, expert: int | None) -> str:
     return name if expert is None else f"{name} expert {expert}"
 
 
-def _bytes(root: nn.Module) -> int:
+def size_of(root: nn.Module) -> int:
+    """Bytes of all parameters and buffers of a model."""
     tensors = {id(t): t for t in (*root.parameters(), *root.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values())
 
