@@ -31,6 +31,9 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         self.max_norm, self.norm_type = None, 2.0
         self.scale_grad_by_freq = self.sparse = False
         self.set_packed(packed)
+        # A cast of the model casts it, and so what the embedding returns.
+        like = torch.empty(0, dtype=packed.dtype, device=packed.device)
+        self.register_buffer("_like", like, persistent=False)
 
     @classmethod
     def from_packed(cls, q: QuantizedTensor, padding_idx: int | None = None) -> QuantEmbedding:
@@ -55,8 +58,8 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         return cls(empty_packed((num_embeddings, embedding_dim), dtype=dtype, **form), padding_idx)
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
-        """Integers [...] -> [..., H] in the type of the embedding that was quantized."""
-        rows = dequantize_rows(self.packed, indices.reshape(-1).long())
+        """Integers [...] -> [..., H], in the type that the model was cast to last."""
+        rows = dequantize_rows(self.packed, indices.reshape(-1).long(), self._like.dtype)
         return rows.view(*indices.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
@@ -64,7 +67,7 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{self.form_repr()}"
 
 
-def dequantize_rows(q: QuantizedTensor, rows: torch.Tensor) -> torch.Tensor:
+def dequantize_rows(q: QuantizedTensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The rows [n] of a packed matrix [D, H], as ``block_dequantize`` gives them: [n, H]."""
     plan = q.plan
     columns = torch.arange(plan.columns, device=rows.device)
@@ -82,9 +85,9 @@ def dequantize_rows(q: QuantizedTensor, rows: torch.Tensor) -> torch.Tensor:
     w = blocks.decode(codes, plan.code)
     if q.zero_points is not None:
         w = w - q.zero_points[block].float()
-    w = (w * q.block_scales()[block].float()).to(q.dtype)
+    w = (w * q.block_scales()[block].float()).to(dtype)
     kept = q.positions.long()
     if not len(kept):
         return w
     nearest = torch.searchsorted(kept, place).clamp(max=len(kept) - 1)
-    return torch.where(kept[nearest] == place, q.values[nearest].to(q.dtype), w)
+    return torch.where(kept[nearest] == place, q.values[nearest].to(dtype), w)

@@ -87,8 +87,13 @@ class TiedQuantLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     @property
+    def embedding(self) -> PackedModule:
+        """The embedding whose matrix it shares."""
+        return self._embedding[0]
+
+    @property
     def packed(self) -> QuantizedTensor:
         """The packed matrix of the embedding."""
-        return self._embedding[0].packed
+        return self.embedding.packed
 
     forward = QuantLinear.forward

@@ -17,10 +17,11 @@ from swkernels.nn.quant_experts import QuantExperts, replace_parameter
 from swkernels.ops.block_quantize import block_quantize, check_count, check_source
 from swkernels.ops.quantized import QuantizedTensor
 
+from .checkpoint import stamp
 from .config import QuantConfig
 from .report import LayerReport, QuantReport, describe
-from .selection import Layer, select
-from .super_weights import Listed, find_listed
+from .selection import Layer, places_of, select
+from .super_weights import Listed, find_listed, read_super_weights
 
 Progress = Callable[[str, int, int], None]
 
@@ -61,7 +62,8 @@ def quantize(
     if not isinstance(config, QuantConfig):
         raise InvalidInput(f"config must be a QuantConfig, got {type(config).__name__}")
     layers, left_out = select(model, config)
-    listed = find_listed(model, super_weights)
+    coordinates = read_super_weights(super_weights, model)
+    listed = find_listed(model, coordinates)
     root = base_of(model)[0]
     with _shown(progress) as show:
         for number, layer in enumerate(layers):
@@ -70,6 +72,7 @@ def quantize(
         show("checking", len(layers), len(layers))
         before = size_of(root)
         reports = _replace(root, layers, config, listed, show, backend)
+    stamp(root, config, coordinates)
     return QuantReport(
         _label(root), config, tuple(reports), tuple(left_out), before, size_of(root)
     )
@@ -132,7 +135,7 @@ def pack(
 
 def _replace(root, layers, config, listed, show, backend) -> list[LayerReport]:
     """Pack each layer and put it in place; ``layers`` is emptied so that nothing holds them."""
-    places = _places(root, [layer.module for layer in layers])
+    places = places_of(root, [layer.module for layer in layers])
     uses = Counter(layer.weight for layer in layers)
     shared: dict[nn.Parameter, list[QuantizedTensor]] = {}
     embedding: nn.Module | None = None
@@ -156,7 +159,7 @@ def _replace(root, layers, config, listed, show, backend) -> list[LayerReport]:
                 stack = QuantExperts.from_packed(packed, layer.layout)
                 replace_parameter(layer.module, layer.parameter, stack)
                 continue
-            replacement = _module(layer, packed[0], embedding)
+            replacement = replacement_of(layer, packed[0], embedding)
             if layer.kind == "embedding":
                 embedding = embedding or replacement
             for parent, name in places.pop(layer.module):
@@ -173,7 +176,10 @@ def _replace(root, layers, config, listed, show, backend) -> list[LayerReport]:
     return reports
 
 
-def _module(layer: Layer, q: QuantizedTensor, embedding: nn.Module | None) -> nn.Module:
+def replacement_of(
+    layer: Layer, q: QuantizedTensor, embedding: QuantEmbedding | None
+) -> nn.Module:
+    """The module that takes the place of a layer's; ``embedding`` is what a tied head shares."""
     module = layer.module
     if layer.kind == "embedding":
         new = QuantEmbedding.from_packed(q, module.padding_idx)
@@ -182,16 +188,6 @@ def _module(layer: Layer, q: QuantizedTensor, embedding: nn.Module | None) -> nn
     else:
         new = QuantLinear.from_packed(q, module.bias)
     return new.train(module.training)
-
-
-def _places(root: nn.Module, modules: list[nn.Module]) -> dict:
-    """The parents of each module, and its names there: a module may have several."""
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {module: [] for module in modules}
-    for parent in root.modules():
-        for name, child in parent._modules.items():
-            if child in places:
-                places[child].append((parent, name))
-    return places
 
 
 def _plan(matrix: torch.Tensor, config: QuantConfig) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +100,18 @@ def select(
             f"{left_out[0][0] + ': ' + left_out[0][1] if left_out else 'it has no linear layer'}"
         )
     return chosen, left_out
+
+
+def places_of(
+    root: nn.Module, modules: Iterable[nn.Module]
+) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """The parents of each module, and its names there: a module may have several."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {module: [] for module in modules}
+    for parent in root.modules():
+        for name, child in parent._modules.items():
+            if child in places:
+                places[child].append((parent, name))
+    return places
 
 
 def _check_untouched(root: nn.Module) -> None:
