@@ -119,7 +119,7 @@ def largest_magnitudes(
 
 def _chunks(weight: Weight):
     """Pairs of a flat index and the magnitudes from there on, a few rows at a time."""
-    matrix, (D, H) = weight.matrix(), weight.shape
+    matrix, (D, H) = weight.read(), weight.shape
     rows = max(1, _CHUNK // H)
     for row in range(0, D, rows):
         magnitudes = matrix[row : row + rows].abs().flatten()

@@ -45,7 +45,7 @@ def open_weights(
     if isinstance(source, nn.Module):
         targets = find_targets(source, coordinates)
         for target in targets.values():
-            target.matrix()  # raises now rather than in the middle
+            target.read()  # raises now rather than in the middle
         return lambda site: _effective(targets[site])
     tensors = _StateDict(source) if isinstance(source, Mapping) else _open(source, stack)
     catalog = _Catalog(tensors)
@@ -55,7 +55,7 @@ def open_weights(
 
 def _effective(target: Target) -> torch.Tensor:
     """The weight that the model computes with: its own, plus sparse deltas that are not merged."""
-    matrix = target.matrix().detach()
+    matrix = target.read()
     deltas = list(target.delta.deltas()) if target.delta is not None else []
     if deltas:
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)

@@ -16,6 +16,7 @@ from .coordinates import Coordinates, Site
 from .experts import CHILD
 from .files import write_atomically
 from .fingerprint import fingerprint
+from .merging import Merged, check_merge, merge
 from .sites import Target, find_targets
 
 _FORMAT = "swkernels.sparse/1"
@@ -71,7 +72,7 @@ class SparseHandle:
         self.model = model
         self._targets = targets
         self._frozen = frozen
-        self._merged: dict[Site, torch.Tensor] = {}  # the weights as they were, [k]
+        self._merged: dict[Site, Merged] = {}
 
     def values(self) -> dict[Site, nn.Parameter]:
         """The deltas of each weight, float32 [k], in the order of ``coordinates.weights``."""
@@ -110,34 +111,29 @@ class SparseHandle:
     def merge(self) -> None:
         """Write weight + delta into the weights themselves; the layers then cost nothing extra.
 
+        A weight that ``swkernels.quantize`` has packed keeps the sum as an outlier, in float32.
+
         Raises:
-            InvalidInput: merged already, or a weight that is packed, sharded or on the meta
-                device and cannot be written; nothing has been changed.
+            InvalidInput: merged already, or a weight that is packed by others, sharded or on the
+                meta device and cannot be written; nothing has been changed.
         """
         if self._merged:
             raise InvalidInput("the adapter is merged already: call unmerge() first")
-        matrices = {site: target.matrix() for site, target in self._targets.items()}
-        for site, matrix in matrices.items():
-            delta = self._targets[site].delta
-            rows, cols = delta.coordinates(self.name).to(matrix.device).long().unbind(1)
-            before = matrix.detach()[rows, cols]
-            with torch.no_grad():
-                changed = before.float() + delta.values[self.name].to(matrix.device)
-                matrix[rows, cols] = changed.to(matrix.dtype)
-            self._merged[site] = before
+        pairs = {site: t.delta.coordinates(self.name) for site, t in self._targets.items()}
+        for site, target in self._targets.items():
+            check_merge(target, pairs[site])
+        for site, target in self._targets.items():
+            delta = target.delta
+            self._merged[site] = merge(target, pairs[site], delta.values[self.name].detach())
             delta.active = [name for name in delta.active if name != self.name]
 
     def unmerge(self) -> None:
         """Put the weights back exactly as they were before ``merge``."""
         if not self._merged:
             raise InvalidInput("the adapter is not merged: there is nothing to undo")
-        for site, before in self._merged.items():
-            target = self._targets[site]
-            delta, matrix = target.delta, target.matrix()
-            rows, cols = delta.coordinates(self.name).to(matrix.device).long().unbind(1)
-            with torch.no_grad():
-                matrix[rows, cols] = before.to(matrix.device)
-            delta.active.append(self.name)
+        for site, merged in self._merged.items():
+            merged.undo()
+            self._targets[site].delta.active.append(self.name)
         self._merged.clear()
 
     def remove(self) -> None:
@@ -163,12 +159,11 @@ class SparseHandle:
 
         tensors, metadata = {}, {"format": _FORMAT}
         for number, (site, values) in enumerate(self.values().items()):
-            target = self._targets[site]
             tensors[f"{number}.values"] = whole(values.detach()).float().cpu().contiguous()
             tensors[f"{number}.coordinates"] = self.coordinates.weights[site].cpu().contiguous()
             expert = "" if site.expert is None else str(site.expert)
             shape = "x".join(map(str, self.coordinates.shapes[site]))
-            base = fingerprint(target, tensors[f"{number}.coordinates"], self._merged.get(site))
+            base = self._fingerprint(site, tensors[f"{number}.coordinates"])
             metadata[str(number)] = "\n".join([site.name, expert, shape, base or ""])
         write_atomically(Path(path), save(tensors, metadata))
 
@@ -210,12 +205,16 @@ class SparseHandle:
             raise InvalidInput(f"{path}: {site.name} is {shape} there and {here} in this model")
         if not torch.equal(coordinates, self.coordinates.weights[site].cpu()):
             raise InvalidInput(f"{path} has other coordinates of {site.name} than this adapter")
-        now = fingerprint(target, coordinates, self._merged.get(site))
+        now = self._fingerprint(site, coordinates)
         if base and now and base != now:
             raise InvalidInput(
                 f"{path} was trained on another base: the weights of {site.name} at its "
                 "coordinates differ; load the model that it was trained on"
             )
+
+    def _fingerprint(self, site: Site, coordinates: torch.Tensor) -> str | None:
+        merged = self._merged.get(site)
+        return fingerprint(self._targets[site], coordinates, merged and merged.before)
 
 
 def _is_value(model: nn.Module, parameter: nn.Parameter) -> bool:

@@ -14,6 +14,8 @@ from torch import nn
 from swkernels.errors import InvalidInput
 from swkernels.models import DownProjection, ProjectionNotFound, find_down_projections
 from swkernels.models.structure import base_of, features
+from swkernels.nn.packed import PackedModule
+from swkernels.nn.quant_experts import QuantExperts
 
 
 class Site(NamedTuple):
@@ -61,12 +63,36 @@ class Weight:
         projection = self.projection
         return base_of(self.module)[0].weight if projection is None else projection.weight
 
+    @property
+    def packed_layer(self) -> PackedModule | None:
+        """The module that holds it as a packed matrix [D, H], where ``quantize`` has packed it."""
+        if self.fused:
+            stack = self.projection.weight
+            packed = isinstance(stack, QuantExperts)
+            return stack.expert(self.site.expert) if packed else None
+        base = base_of(self.module)[0]
+        return base if isinstance(base, PackedModule) else None
+
+    def read(self) -> torch.Tensor:
+        """Return the values [D, H]: ``matrix()``, or float32 ones of a packed weight.
+
+        Raises:
+            InvalidInput: it is packed by another library, sharded or on the meta device.
+        """
+        layer = self.packed_layer
+        return self.matrix() if layer is None else layer.dequantize(torch.float32)
+
     def matrix(self) -> torch.Tensor:
         """Return the live weight as a view [D, H] that can be read and written.
 
         Raises:
             InvalidInput: it is packed, sharded or on the meta device.
         """
+        if self.packed_layer is not None:
+            raise InvalidInput(
+                f"{self.site} is packed ({self.packed_layer.packed.plan.code.name}): expected a "
+                "plain floating-point weight; load the model unquantized"
+            )
         if self.projection is not None:
             return self.projection.matrix(self.site.expert).detach()
         weight = self.parameter

@@ -13,6 +13,7 @@ from torch import nn
 from swkernels.errors import InvalidInput
 from swkernels.models.structure import base_of
 from swkernels.nn import SparseDelta
+from swkernels.train.merging import check_merge
 from swkernels.train.sites import _FRESH_OUTPUT, Target
 from swkernels.train.sparse import SparseHandle
 
@@ -145,7 +146,7 @@ class SparseCoordinateLayer(SparseDelta, BaseTunerLayer):
         """Raise InvalidInput if the weight cannot be written."""
         for parts in self._parts.values():
             for part in parts:
-                part.matrix()
+                check_merge(part, part.share.coordinates(""))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; PEFT chooses which one is active then."""
@@ -206,7 +207,7 @@ class Part(Target):
 
     def is_finite(self) -> bool:
         """Whether the weight is, at the coordinates."""
-        matrix = self.matrix()
+        matrix = self.read()
         rows, cols = self.share.coordinates("").to(matrix.device).long().unbind(1)
         return bool(matrix[rows, cols].isfinite().all())
 
