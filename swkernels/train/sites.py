@@ -16,8 +16,8 @@ from .experts import CHILD, adapt_experts, release_experts
 from .weights import Site, Weight, find_weights
 
 # Layers whose forward makes a new tensor that nobody else reads and no backward needs: the
-# contribution may be added to it in place.
-_FRESH_OUTPUT = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt", "QuantLinear")
+# contribution may be added to it in place. (Linear8bitLt gives a view made inside a function.)
+_FRESH_OUTPUT = ("Linear", "Conv1D", "Linear4bit", "QuantLinear")
 
 
 class Target(Weight):

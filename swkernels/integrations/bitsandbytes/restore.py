@@ -15,7 +15,7 @@ from swkernels.errors import InvalidInput
 from swkernels.models.structure import base_of
 from swkernels.ops import QuantizedTensor
 from swkernels.train import Coordinates, Site
-from swkernels.train.sites import find_targets
+from swkernels.train.sites import _FRESH_OUTPUT, find_targets
 from swkernels.train.weights import as_site, find_weights, readable
 
 from .layers import read_layer, scales_of, values_at
@@ -131,7 +131,8 @@ class Restoration:
         # What the layer multiplies by changes with its scales: evaluated on a CPU, it rounds them.
         if self._scales is not scales_of(layer):
             self._find_deltas(layer)
-        inplace = len(layer._forward_hooks) == 1  # nobody else has seen the output
+        # Where nobody else has seen the output.
+        inplace = type(layer).__name__ in _FRESH_OUTPUT and len(layer._forward_hooks) == 1
         return ops.pattern_linear(x, output, self._deltas, self._pattern, inplace=inplace)
 
     def _find_deltas(self, layer: nn.Module) -> None:
