@@ -22,6 +22,7 @@ _EXPORTS = {
     "quantize": "swkernels.quant:quantize",
     "QuantConfig": "swkernels.quant:QuantConfig",
     "QuantReport": "swkernels.quant:QuantReport",
+    "SuperWeightQuantConfig": "swkernels.integrations.transformers:SuperWeightQuantConfig",
     "accelerate_lora": "swkernels.integrations.peft:accelerate_lora",
 }
 

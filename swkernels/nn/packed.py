@@ -147,11 +147,12 @@ class PackedWeight:
     dtype: torch.dtype
     device: torch.device
     requires_grad = False
+    _is_hf_initialized = True  # or transformers would draw values for it
 
     def __getattr__(self, name: str):
         raise NoDenseWeight(
-            f"a packed layer has no dense weight, so no {name!r} of it: call dequantize() to read "
-            "its values; merge adapters into the dequantized model"
+            f"a packed layer has no dense weight, so no {name!r} of it: read its values with "
+            "dequantize(), merge adapters into the model that was quantized"
         )
 
 
