@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,8 +19,10 @@ _PLAN, _CHECKSUM = "packed_plan", "packed_checksum"
 _VERSION = 1  # of the meaning of the buffers
 _CHECKSUM_BYTES = 8
 # A cast of the model (``.to(bfloat16)``, ``.half()``) rounds floating-point buffers: integers of
-# the same size hold their bits.
+# the same size hold their bits. Outliers are bytes: how many each has, their plan says, so that
+# a merge may widen them.
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_OUTLIER_DTYPE = 7  # the place in ``packed_plan``
 
 
 class PackedModule(nn.Module):
@@ -46,8 +49,8 @@ class PackedModule(nn.Module):
         for key in self._keys():
             del self._buffers[key]
         for name, tensor in q.tensors().items():
-            bits = _BITS.get(tensor.dtype, tensor.dtype)
-            self.register_buffer(_PREFIX + name, tensor.detach().view(bits))
+            bits = tensor.detach().view(_stored_dtype(name, tensor.dtype))
+            self.register_buffer(_PREFIX + name, bits)
         plan = torch.tensor(_describe(q), dtype=torch.int32, device=q.device)
         self.register_buffer(_PLAN, plan)
         checksum = torch.zeros(_CHECKSUM_BYTES, dtype=torch.uint8, device=q.device)
@@ -85,10 +88,10 @@ class PackedModule(nn.Module):
         Raises:
             InvalidInput: a buffer is not what it must be; the message names it.
         """
-        stored = self._stored()
         if not self._sealed:
             self._seal()
-        _check(stored, self._form, name or type(self).__name__)
+        self._form = _check(self._stored(), self._form, name or type(self).__name__)
+        self._viewed = None
 
     def form_repr(self) -> str:
         """What ``repr`` says of the packed matrix."""
@@ -101,7 +104,7 @@ class PackedModule(nn.Module):
     def _view(self) -> QuantizedTensor:
         held = self._form.tensors()
         return self._form.with_tensors(
-            {name: self._buffers[_PREFIX + name].view(t.dtype) for name, t in held.items()}
+            {n: _reinterpret(self._buffers[_PREFIX + n], t.dtype) for n, t in held.items()}
         )
 
     def _keys(self) -> list[str]:
@@ -123,7 +126,9 @@ class PackedModule(nn.Module):
         keys = self._keys()
         stored = {key: state_dict[prefix + key] for key in keys if prefix + key in state_dict}
         if len(stored) == len(keys):  # PyTorch reports what is missing
-            _check(stored, self._form, prefix.removesuffix(".") or type(self).__name__)
+            module = prefix.removesuffix(".") or type(self).__name__
+            self._form = _check(stored, self._form, module)
+            self._viewed = None
             for key in ("packed_positions", "packed_values"):
                 held = self._buffers[key]
                 if held.shape != stored[key].shape:
@@ -222,43 +227,76 @@ def _checksum(stored: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
-def _check(stored: dict[str, torch.Tensor], form: QuantizedTensor, module: str) -> None:
-    """Raise InvalidInput unless ``stored`` holds a packed matrix of the form, and its checksum."""
+def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of the buffer of a tensor of ``QuantizedTensor``."""
+    return torch.uint8 if name == "values" else _BITS.get(dtype, dtype)
+
+
+def _reinterpret(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """See the bits of a buffer as ``dtype``; bytes from a file may lie anywhere."""
+    if stored.dtype == torch.uint8 and not torch.compiler.is_compiling():
+        if (stored.data_ptr() | stored.storage_offset()) % dtype.itemsize:
+            stored = stored.clone()
+    return stored.view(dtype)
+
+
+def _check(
+    stored: dict[str, torch.Tensor], form: QuantizedTensor, module: str
+) -> QuantizedTensor:
+    """Return the form of what is stored: ``form``, with the outliers' own type.
+
+    Raises:
+        InvalidInput: it is no packed matrix of that form, or not that of its checksum.
+    """
 
     def refuse(key: str, what: str):
         raise InvalidInput(
             f"{key} of {module} {what}: the file is damaged or not of this model; get it anew"
         )
 
-    expected = {_PREFIX + name: (t.dtype, t.shape) for name, t in form.tensors().items()}
-    kept = stored["packed_positions"].shape
-    if len(kept) == 1:  # how many are kept is the file's to say
-        expected |= {key: (expected[key][0], kept) for key in ("packed_positions", "packed_values")}
+    def check_form(key: str, dtype: torch.dtype, shape) -> None:
+        tensor = stored[key]
+        if tensor.dtype != dtype or tensor.shape != shape:
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            refuse(key, f"is {found}, expected {dtype} {list(shape)}")
+
     described = _describe(form)
-    expected[_PLAN] = torch.int32, torch.Size([len(described)])
-    expected[_CHECKSUM] = torch.uint8, torch.Size([_CHECKSUM_BYTES])
-    for key, (dtype, shape) in expected.items():
-        tensor, bits = stored[key], _BITS.get(dtype, dtype)
-        if tensor.dtype != bits or tensor.shape != shape:
-            refuse(key, f"is {tensor.dtype} {list(tensor.shape)}, expected {bits} {list(shape)}")
-    if stored[_PLAN].tolist() != described:
-        refuse(_PLAN, f"is {stored[_PLAN].tolist()}, expected {described}")
-    values = {key: stored[key].view(dtype) for key, (dtype, _) in expected.items()}
-    for key in values:
-        if key.endswith("scales") and not bool((values[key] >= 0).all()):
+    check_form(_PLAN, torch.int32, torch.Size([len(described)]))
+    check_form(_CHECKSUM, torch.uint8, torch.Size([_CHECKSUM_BYTES]))
+    told = stored[_PLAN].tolist()
+    if told[_OUTLIER_DTYPE] in range(len(OUTLIER_DTYPES)):
+        described[_OUTLIER_DTYPE] = told[_OUTLIER_DTYPE]
+    if told != described:
+        refuse(_PLAN, f"is {told}, expected {described}")
+    outlier_dtype = OUTLIER_DTYPES[told[_OUTLIER_DTYPE]]
+    form = replace(form, values=torch.empty(0, dtype=outlier_dtype, device="meta"))
+    kept = stored["packed_positions"].numel()  # how many, the file says
+    for name, tensor in form.tensors().items():
+        shape = tensor.shape
+        if name in ("positions", "values"):
+            shape = torch.Size([kept * (outlier_dtype.itemsize if name == "values" else 1)])
+        check_form(_PREFIX + name, _stored_dtype(name, tensor.dtype), shape)
+    _check_values(stored, form, refuse)
+    if not torch.equal(_checksum(stored), stored[_CHECKSUM].cpu()):
+        refuse(_CHECKSUM, "is not that of the buffers")
+    return form
+
+
+def _check_values(stored, form: QuantizedTensor, refuse: Callable[[str, str], None]) -> None:
+    for name, tensor in form.tensors().items():
+        key, values = _PREFIX + name, _reinterpret(stored[_PREFIX + name], tensor.dtype)
+        if name.endswith("scales") and not bool((values >= 0).all()):
             refuse(key, "holds a scale that is negative or not a number")
-        if values[key].is_floating_point() and not bool(values[key].isfinite().all()):
+        if values.is_floating_point() and not bool(values.isfinite().all()):
             refuse(key, "holds NaN or infinity")
     for key, exponent in _zero_points(form):
-        if len(values[key]) and int(values[key].long().abs().max()) > 2**exponent:
+        if len(stored[key]) and int(stored[key].long().abs().max()) > 2**exponent:
             refuse(key, f"holds a zero point beyond 2^{exponent}")
-    positions = values["packed_positions"].long()
+    positions = stored["packed_positions"].long()
     if len(positions) and not (0 <= int(positions[0]) and int(positions[-1]) < form.plan.elements):
         refuse("packed_positions", f"has one outside of the {form.plan.elements} elements")
     if not bool((positions[1:] > positions[:-1]).all()):
         refuse("packed_positions", "is not ascending")
-    if not torch.equal(_checksum(stored), stored[_CHECKSUM].cpu()):
-        refuse(_CHECKSUM, "is not that of the buffers")
 
 
 def _zero_points(form: QuantizedTensor):

@@ -19,7 +19,7 @@ from .selection import places_of
 
 METHOD = "swkernels"  # the ``quant_method`` in config.json
 VERSION = 1  # of the document below
-_FORM = ("code", "symmetric", "block_size", "scale_dtype", "dtype", "outlier_dtype")
+_FORM = ("code", "symmetric", "block_size", "scale_dtype", "dtype")
 
 
 def document(
@@ -120,7 +120,7 @@ def _group(groups: dict, module: PackedModule) -> dict[str, object]:
     r, c = q.plan.block
     form = (
         q.plan.code.name, q.plan.code.symmetric, c if r == 0 else (r, c), q.plan.scale_dtype,
-        *(str(dtype).removeprefix("torch.") for dtype in (q.dtype, q.values.dtype)),
+        str(q.dtype).removeprefix("torch."),
     )  # fmt: skip
     return groups.setdefault(form, dict(zip(_FORM, form)))
 
@@ -139,9 +139,8 @@ def rebuild(root: nn.Module, groups: object) -> None:
     found = 0
     try:
         for group in groups:
-            form = {key: group[key] for key in _FORM}
-            for key in ("dtype", "outlier_dtype"):
-                form[key] = getattr(torch, form[key])
+            form = {key: group[key] for key in _FORM} | {"outliers": 0}
+            form["dtype"] = getattr(torch, form["dtype"])
             if isinstance(form["block_size"], list):
                 form["block_size"] = tuple(form["block_size"])
             for kind in ("linear", "embedding", "experts", "tied"):
@@ -166,7 +165,7 @@ def _rebuild(root, path, kind, entries, name, form, places) -> None:
         owner, _, parameter = path.rpartition(".")
         module, entry = root.get_submodule(owner), entries[name]
         shape = _expert_shape(getattr(module, parameter).shape, **entry)
-        experts = [empty_packed(shape, outliers=0, **form) for _ in range(entry["count"])]
+        experts = [empty_packed(shape, **form) for _ in range(entry["count"])]
         stack = QuantExperts.from_packed(experts, entry["layout"])
         return replace_parameter(module, parameter, stack)
     module = root.get_submodule(path)
@@ -174,10 +173,10 @@ def _rebuild(root, path, kind, entries, name, form, places) -> None:
         new = TiedQuantLinear(root.get_submodule(_path(root, entries[name])), module.bias)
     elif kind == "embedding":
         shape = module.num_embeddings, module.embedding_dim
-        new = QuantEmbedding(empty_packed(shape, outliers=0, **form), module.padding_idx)
+        new = QuantEmbedding(empty_packed(shape, **form), module.padding_idx)
         new.to(module.weight.dtype)
     else:
-        new = QuantLinear(empty_packed(features(module), outliers=0, **form), module.bias)
+        new = QuantLinear(empty_packed(features(module), **form), module.bias)
     for parent, child in places[module]:
         parent._modules[child] = new
     return None
