@@ -222,7 +222,8 @@ def _unpacked(func, args, kwargs):
     """Call a torch function that knows nothing of packed weights."""
 
     def plain(value):
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(plain, value))
         return value.dequantize() if isinstance(value, (QuantExperts, ExpertWeight)) else value
 
-    named = {key: plain(value) for key, value in (kwargs or {}).items()}
-    return func(*[plain(value) for value in args], **named)
+    return func(*map(plain, args), **{key: plain(value) for key, value in (kwargs or {}).items()})

@@ -136,8 +136,8 @@ def pack(
 def _replace(root, layers, config, listed, show, backend) -> list[LayerReport]:
     """Pack each layer and put it in place; ``layers`` is emptied so that nothing holds them."""
     places = places_of(root, [layer.module for layer in layers])
-    uses = Counter(layer.weight for layer in layers)
-    shared: dict[nn.Parameter, list[QuantizedTensor]] = {}
+    uses = Counter(id(layer.weight) for layer in layers)
+    shared: dict[int, list[QuantizedTensor]] = {}
     embedding: nn.Module | None = None
     reports: list[LayerReport] = []
     total = len(layers)
@@ -146,15 +146,14 @@ def _replace(root, layers, config, listed, show, backend) -> list[LayerReport]:
         while layers:
             layer = layers.pop()
             show(layer.name, total - len(layers) - 1, total)
-            weight = layer.weight
-            if weight in shared:
-                packed = shared[weight]
-            else:
+            key = id(layer.weight)
+            packed = shared.get(key)
+            if packed is None:
                 packed, described = pack(layer, config, listed, backend)
                 reports += described
-            if uses[weight] > 1:
-                shared[weight] = packed
-            del weight
+                _forget(listed, layer.weight)
+            if uses[key] > 1:
+                shared[key] = packed
             if layer.kind == "experts":
                 stack = QuantExperts.from_packed(packed, layer.layout)
                 replace_parameter(layer.module, layer.parameter, stack)
@@ -174,6 +173,12 @@ def _replace(root, layers, config, listed, show, backend) -> list[LayerReport]:
             )
         raise
     return reports
+
+
+def _forget(listed: Listed, weight: nn.Parameter) -> None:
+    """Let go of a weight: nothing may keep it alive once it is packed."""
+    for key in [key for key in listed if key[0] is weight]:
+        del listed[key]
 
 
 def replacement_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from .config import QuantConfig, matches
 
 # A plain product with the transposed weight, plus a bias; FalconLinear writes it out.
 _LINEAR = ("Linear", "FalconLinear")
+_READ_BY_OTHERS = ("dt_proj",)  # Mamba's step sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +80,10 @@ def select(
         projections = find_down_projections(root, towers="all")
     except ProjectionNotFound:
         projections = []
-    candidates, left_out = _candidates(root, projections)
+    routers = _routers(projections)
+    candidates, left_out = _candidates(root, projections, routers)
     _check_patterns(config, [layer.name for layer in candidates])
     blocks = [name for stack in text_stacks(stacks(root)) for _, name, _ in stack.blocks]
-    routers = _routers(projections)
     chosen: list[Layer] = []
     for layer in candidates:
         reason = _reason(layer, config, blocks, routers)
@@ -133,8 +135,9 @@ def _check_untouched(root: nn.Module) -> None:
             )
     config = getattr(root, "config", None)
     method = getattr(config, "quantization_config", None)
-    if method is not None or getattr(root, "is_quantized", False):
-        kind = getattr(method, "quant_method", None) or type(method).__name__
+    if method or getattr(root, "is_quantized", False):
+        named = method.get if isinstance(method, dict) else partial(getattr, method)
+        kind = named("quant_method", None) or type(root).__name__
         raise InvalidInput(
             f"the model is quantized already ({getattr(kind, 'value', kind)}): load it in full "
             "precision, without a quantization_config"
@@ -151,7 +154,7 @@ def _is_quantizers(module: nn.Module) -> bool:
 
 
 def _candidates(
-    root: nn.Module, projections: list[DownProjection]
+    root: nn.Module, projections: list[DownProjection], routers: set[nn.Module]
 ) -> tuple[list[Layer], list[tuple[str, str]]]:
     """Every matrix that can be packed, and (name, reason) of those that cannot."""
     found: list[Layer] = []
@@ -168,15 +171,17 @@ def _candidates(
         elif isinstance(module, nn.Embedding):
             left_out.append((name, "an embedding"))
         elif features(module) is not None:
-            layout = _layout(module)
-            if layout is None:
-                kind = type(module).__name__
-                left_out.append((name, f"{kind} has a forward of its own"))
+            layout, kind = _layout(module), type(module).__name__
+            if name.rpartition(".")[2] in _READ_BY_OTHERS:
+                left_out.append((name, "the module around it reads its weight"))
+            elif layout is None:
+                reason = "a router" if module in routers else f"{kind} has a forward of its own"
+                left_out.append((name, reason))
             else:
                 found.append(Layer(name, name, module, "weight", "linear", layout))
         else:
             left_out += [
-                (f"{name}.{parameter}", "no experts that can be told apart")
+                (f"{name}.{parameter}", "matrices of no known experts")
                 for parameter, weight in module._parameters.items()
                 if weight is not None and weight.dim() == 3 and "Conv" not in type(module).__name__
             ]
@@ -233,9 +238,9 @@ def _routers(projections: list[DownProjection]) -> set[nn.Module]:
     return {
         module
         for scope, count in experts.items()
-        for name, module in scope.named_modules()
+        for module in scope.modules()
         if (shape := features(module)) is not None
-        and (shape[0] in (1, count) or "router" in name.lower())
+        and shape[0] in (1, count)
     }
 
 
@@ -245,7 +250,7 @@ def _reason(layer: Layer, config: QuantConfig, blocks: list[str], routers: set) 
         return "excluded"
     if config.include is not None:
         return None if matches(layer.name, config.include) else "not included"
-    if layer.module in routers:
+    if layer.module in routers or "router" in layer.name.lower():
         return "a router"
     if not any(layer.name.startswith(f"{block}.") for block in blocks):
         return "outside the text blocks"
