@@ -1,4 +1,4 @@
-"""The command ``swkernels``: scan a model, train chosen weights, tune the kernels, and so on.
+"""The command ``swkernels``: scan a model, train chosen weights, quantize it, and so on.
 
 Nothing heavy is imported before a command runs, so that ``swkernels --help`` is quick. Every error
 that a user can act on is one line on standard error, with exit code 2; Ctrl-C gives 130.
@@ -17,6 +17,8 @@ import typer
 from swkernels.errors import SwkernelsError
 
 from .doctor import doctor
+from .evaluate import evaluate
+from .quantize import quantize
 from .scan import scan
 from .train import train
 from .tune import tune
@@ -35,6 +37,8 @@ app = typer.Typer(
 )
 app.command()(scan)
 app.command()(train)
+app.command()(quantize)
+app.command("eval")(evaluate)
 app.command()(tune)
 app.command()(doctor)
 

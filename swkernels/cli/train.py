@@ -77,6 +77,7 @@ def train(
 ) -> None:
     """Train chosen weights of MODEL and nothing else of it."""
     from swkernels.detect import loading
+    from swkernels.quant.super_weights import read_super_weights
     from swkernels.train import loop, sparse
     from swkernels.train.data import read_examples, read_source
 
@@ -93,7 +94,7 @@ def train(
     }  # fmt: skip
     exports = list(dict.fromkeys(export or []))
     _check(choices, neighborhood, length, given, exports, output, resume)
-    listed = None if coordinates is None else _read_coordinates(coordinates)
+    listed = None if coordinates is None else read_super_weights(coordinates)
     source = read_source(data)
     eval_source = None if eval_data is None else read_source(eval_data)
     started = time.perf_counter()
@@ -175,16 +176,6 @@ def _check(
         )
     if resume and not interrupted:
         raise InvalidInput(f"{output} holds no interrupted run: leave out --resume")
-
-
-def _read_coordinates(path: Path):
-    """The coordinates of a file or of a scan's report."""
-    from swkernels.train import Coordinates
-    from swkernels.train.files import SCHEMA, read_json
-
-    document = read_json(path) if path.suffix.lower() == ".json" else None
-    is_report = isinstance(document, dict) and document.get("schema") != SCHEMA
-    return Coordinates.from_report(document) if is_report else Coordinates.load(path)
 
 
 def _choose(choices: dict, seed: int, model):

@@ -28,6 +28,7 @@ def load_model(
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    quantization_config: object = None,
 ):
     """Load a language model for a scan.
 
@@ -39,6 +40,7 @@ def load_model(
         dtype: one of ``DTYPES``; "auto" and None keep the checkpoint's.
         trust_remote_code: run Python code that comes with the checkpoint. Pickled weights are
             never loaded.
+        quantization_config: of transformers, to quantize while loading; not for a .gguf file.
 
     Returns:
         (model in eval mode, tokenizer, fingerprint or None); see ``fingerprint``.
@@ -48,9 +50,9 @@ def load_model(
     """
     device = check_device(device)
     check_dtype(dtype)
-    where, options = _source(name_or_path)
+    where, options = source_of(name_or_path)
     options["trust_remote_code"] = trust_remote_code
-    with _quiet(), _one_line_errors(str(name_or_path)):
+    with quiet(), _one_line_errors(str(name_or_path)):
         from transformers import (
             AutoConfig,
             AutoModelForCausalLM,
@@ -64,6 +66,8 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         if "gguf_file" not in options:
             options["use_safetensors"] = True
+        if quantization_config is not None:
+            options["quantization_config"] = quantization_config
         if device == "auto":
             options["device_map"] = "auto"
         model, info = loader.from_pretrained(
@@ -162,8 +166,12 @@ def _fingerprint_of(name_or_path: str | Path) -> str | None:
     return fingerprint(Path(cached).parent) if isinstance(cached, str) else None
 
 
-def _source(name_or_path: str | Path) -> tuple[str, dict]:
-    """Check what can be checked before anything is loaded; return where to load from, and how."""
+def source_of(name_or_path: str | Path) -> tuple[str, dict]:
+    """Check what can be checked before anything is loaded; return where to load from, and how.
+
+    Raises:
+        InvalidInput: there is no such file or directory, or its files are damaged or no model's.
+    """
     name = str(name_or_path)
     if not name:
         raise InvalidInput("the model's name is empty: give the directory of a checkpoint")
@@ -276,8 +284,8 @@ def _one_line_errors(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars, warnings and loading tables; then as it was."""
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars, warnings and tables; then as it was."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

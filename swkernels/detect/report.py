@@ -45,7 +45,7 @@ class ScanReport:
 
     def save(self, path: str | Path) -> None:
         """Write the document as JSON, aside and then renamed; infinities as strings."""
-        write_atomically(Path(path), json.dumps(_encode(self.data), indent=1, allow_nan=False))
+        write_atomically(Path(path), json.dumps(encode(self.data), indent=1, allow_nan=False))
 
     @classmethod
     def load(cls, path: str | Path) -> ScanReport:
@@ -81,14 +81,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def _encode(value):
+def encode(value):
     """JSON has no infinities: they are written as the strings "Infinity", "-Infinity", "NaN"."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     if isinstance(value, dict):
-        return {key: _encode(item) for key, item in value.items()}
+        return {key: encode(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encode(item) for item in value]
+        return [encode(item) for item in value]
     return value
 
 

@@ -1,0 +1,65 @@
+"""How the commands load a model."""
+
+from __future__ import annotations
+
+
+def load_model(name: str, **options):
+    """Load a model, which may be a checkpoint that ``swkernels quantize`` wrote.
+
+    Args:
+        name, options: of ``swkernels.detect.loading.load_model``.
+
+    Raises:
+        InvalidInput: as it does.
+    """
+    import swkernels.integrations.transformers  # noqa: F401  which makes the method known
+    from swkernels.detect import loading
+
+    return loading.load_model(name, **options)
+
+
+def load_quantized(name: str, config, super_weights, progress, **options):
+    """Load a model and quantize it: while it is loaded, or, a .gguf file, after that.
+
+    Args:
+        name, options: of ``load_model``.
+        config: a QuantConfig.
+        super_weights: Coordinates or None.
+        progress: called with (stage, done, total).
+
+    Returns:
+        (model, tokenizer, fingerprint, QuantReport).
+
+    Raises:
+        InvalidInput: the model cannot be loaded, or not be quantized so.
+    """
+    from swkernels.quant import quantize
+
+    if name.lower().endswith(".gguf"):
+        progress("loading the model", 0, 1)
+        model, tokenizer, fingerprint = load_model(name, **options)
+        progress("loading the model", 1, 1)
+        show = lambda stage, *count: progress("packing", *count)  # noqa: E731
+        report = quantize(model, config, super_weights, progress=show)
+        return model, tokenizer, fingerprint, report
+    from swkernels.integrations.transformers import SuperWeightQuantConfig
+
+    method = SuperWeightQuantConfig(config, super_weights=super_weights)
+    progress("loading and packing", 0, 1)
+    model, tokenizer, fingerprint = load_model(name, quantization_config=method, **options)
+    progress("loading and packing", 1, 1)
+    return model, tokenizer, fingerprint, _report(model, config)
+
+
+def _report(model, config):
+    """The QuantReport of a model that was quantized while it was loaded, in the model's order."""
+    from swkernels.quant import QuantReport
+    from swkernels.quant.model import size_of
+
+    quantizer, size = model.hf_quantizer, size_of(model)
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    layers = sorted(quantizer.reports, key=lambda one: (order[one.name], one.expert or 0))
+    saved = sum(one.bytes_before - one.bytes_after for one in layers)
+    label = f"{type(model).__name__} ({model.config.name_or_path})"
+    left_out = tuple(quantizer.left_out)
+    return QuantReport(label, config, tuple(layers), left_out, size + saved, size)
