@@ -143,17 +143,18 @@ def peer(
     *,
     devices: tuple[str, ...] = ("cuda",),
     refusal: str | None = None,
+    weights: Callable[[], int] | None = None,
 ) -> Provider:
     """Another package's kernel, where it is installed, runs on the device and takes the case.
 
-    ``refusal`` says why it does not take the case.
+    ``refusal`` says why it does not take the case; ``weights`` is that of ``Provider``.
     """
     missing = refusal
     if find_spec(package) is None:
         missing = f"{package} is not installed"
     elif device.type not in devices:
         missing = f"{package} runs on CUDA only"
-    return Provider(name, "peer", call, missing)
+    return Provider(name, "peer", call, missing, weights=weights)
 
 
 def normal(seed: int, *shape: int, dtype: str, device: torch.device, scale: float = 1.0):

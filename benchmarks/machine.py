@@ -44,11 +44,15 @@ def header(suite: str, device: torch.device, *, quick: bool, dry: bool) -> dict:
         "suite": suite,
         "quick": quick,
         "dry": dry,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **_commit(),
+        **provenance(),
         "device": describe(device),
         "versions": _versions(),
     }
+
+
+def provenance() -> dict:
+    """When and of which source something is measured."""
+    return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_commit()}
 
 
 def describe(device: torch.device) -> dict:

@@ -12,12 +12,13 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from benchmarks import records, tables
+from benchmarks import quality, records, tables
 from benchmarks.book import Book
-from benchmarks.figures import draw
+from benchmarks.figures import draw, draw_quality
 from swkernels.errors import InvalidInput, SwkernelsError
 
 ROOT = Path(__file__).parents[1]
@@ -44,24 +45,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     book = Book(options.results)
+    studies = quality.read_all(options.results)
+
+    def plot(path: Path, draw_to: Callable[[Path], bool]) -> str | None:
+        """Draw a plot, or look for it; its path as the README has it, None where there is none."""
+        there = path.exists() if options.check else draw_to(path)
+        return Path(os.path.relpath(path, options.readme.parent)).as_posix() if there else None
+
     figures = {
-        machine: options.results / f"{records.slug(machine)}.svg"
+        machine: plot(
+            options.results / f"{records.slug(machine)}.svg",
+            partial(draw, list(book.entries(machine)), machine),
+        )
         for machine in book.machines
-        if not options.check or (options.results / f"{records.slug(machine)}.svg").exists()
     }
-    if not options.check:
-        figures = {
-            machine: path
-            for machine, path in figures.items()
-            if draw(list(book.entries(machine)), machine, path)
-        }
-    relative = {
-        machine: Path(os.path.relpath(path, options.readme.parent)).as_posix()
-        for machine, path in figures.items()
+    plots = {
+        plot(path.with_suffix(".svg"), partial(draw_quality, study)): study
+        for path, study in studies.items()
     }
+    figures = {machine: path for machine, path in figures.items() if path}
+    plots = {path: study for path, study in plots.items() if path}
+    section = tables.readme_section(book, figures, plots)
     pages = {
-        options.readme: _with_section(options.readme, tables.readme_section(book, relative)),
-        options.output: tables.results_page(book),
+        options.readme: _with_section(options.readme, section),
+        options.output: tables.results_page(book, studies.values()),
     }
     if options.check:
         return _check(pages)

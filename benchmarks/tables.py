@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from benchmarks import expected
+from benchmarks import expected, quality
 from benchmarks.book import OURS, Book, Entry
 from benchmarks.targets import TARGETS
 
@@ -16,8 +16,12 @@ _HEADLINES = 3  # cases of an operation and dtype in the README
 _WORST = 3  # slower cases named in the README
 
 
-def readme_section(book: Book, figures: dict[str, str]) -> str:
-    """What stands between the README's markers; ``figures``: machine -> path of its plot."""
+def readme_section(
+    book: Book, figures: dict[str, str], studies: dict[str, quality.Table] | None = None
+) -> str:
+    """What stands between the README's markers; ``figures``: machine -> path of its plot,
+    ``studies``: path of a plot -> what it shows."""
+    studies = studies or {}
     parts = [
         "Everything here is generated from the records in `benchmarks/results/`: medians of "
         "interleaved runs with a cold cache, ratios within one run, and no speed for a result "
@@ -31,10 +35,13 @@ def readme_section(book: Book, figures: dict[str, str]) -> str:
         if machine in figures:
             parts.append(f"![our time over the fastest other way]({figures[machine]})")
         parts.append(_slower_in_short(entries))
+    for plot, study in studies.items():
+        parts += [f"**{study.study.model}, quantized**", _quality_in_short(study)]
+        parts.append(f"![perplexity by block size]({plot})")
     return "\n\n".join(parts)
 
 
-def results_page(book: Book) -> str:
+def results_page(book: Book, studies: Iterable[quality.Table] = ()) -> str:
     """The whole of RESULTS.md."""
     parts = [
         "# Results",
@@ -50,6 +57,8 @@ def results_page(book: Book) -> str:
     ]
     for machine in book.machines:
         parts += _machine(book, machine)
+    for study in studies:
+        parts += _quality(study)
     parts += ["## Expected on GPUs", _predictions(book)]
     return "\n\n".join(parts) + "\n"
 
@@ -94,7 +103,7 @@ def _machine(book: Book, machine: str) -> list[str]:
     parts = [f"## {machine}", _runs(entries)]
     for op in dict.fromkeys(entry.op for entry in measured):
         of_op = [entry for entry in measured if entry.op == op]
-        parts += [f"### {op}", _cases(of_op), _refusals(of_op)]
+        parts += [f"### {op}", _cases(of_op), _models(of_op), _refusals(of_op)]
     parts += ["### Where another way is faster", _slower_table(measured, len(measured))]
     left_out = [entry for entry in entries if entry.skipped]
     if left_out:
@@ -143,6 +152,22 @@ def _cases(entries: list[Entry]) -> str:
         )
     head = ["case", *names, "over bare", "share", "peak memory", "error"]
     return table(head, rows)
+
+
+def _models(entries: list[Entry]) -> str:
+    """Tokens a second and bytes of weights of whole models that generate."""
+    rows = [
+        [
+            entry.case,
+            r["provider"],
+            f"{entry.shape['tokens'] / r['median']:.3g}",
+            _memory(r["weights"]),
+        ]
+        for entry in entries
+        for r in entry.timed()
+        if "weights" in r
+    ]
+    return table(["case", "model", "tokens a second", "weights"], rows) if rows else ""
 
 
 _REFUSED = ("wrong", "failed")
@@ -244,6 +269,72 @@ def _headlines(entries: list[Entry]) -> str:
             )
     head = ["operation", "case", "ours", "share of ceiling", "over bare", "over the best other"]
     return table(head, rows)
+
+
+_NOISE = 2  # standard errors
+
+
+def _quality(study: quality.Table) -> list[str]:
+    about = study.study
+    rows = [
+        [
+            str(bits),
+            _block(block),
+            *(_quality_cell(study, (bits, block, m)) for m in quality.METHODS),
+        ]
+        for bits in quality.BITS
+        for block in quality.BLOCKS
+    ]
+    original = study.original
+    return [
+        f"## {about.model}, quantized",
+        f"Perplexity on {about.text}, {about.windows} windows of {about.window} tokens spread "
+        f"evenly over the text; the original: {original.value:.4g} +- {original.error:.2g}. It "
+        "was read from a 4-bit file, so that int4 quantizes what has been quantized before. "
+        f"All {about.matrices} linear layers of the blocks, in asymmetric integer codes; the "
+        f"largest has {about.elements:,} elements, so blocks of 1,048,576 are the whole tensor. "
+        f"*plain* is round to nearest; *clip* cuts each block at mean + {about.z:g} std of |w|; "
+        "*preserve* does so and keeps the four super weights exactly; *largest* keeps the "
+        f"{about.largest} largest magnitudes of every matrix too. In brackets the ratio to the "
+        "original, with its standard error over windows, in which both read the same tokens.",
+        table(["bits", "block", *quality.METHODS], rows),
+        _quality_in_short(study),
+    ]
+
+
+def _quality_in_short(study: quality.Table) -> str:
+    """Where keeping the super weights helps, and where it does not."""
+    keys = [(bits, block) for bits in quality.BITS for block in quality.BLOCKS]
+    found = [(*key, study.ratio((*key, quality.PRESERVE), (*key, quality.PLAIN))) for key in keys]
+    found = [(bits, block, *ratio) for bits, block, ratio in found if ratio]
+    better = [cell for cell in found if cell[2] < 1 - _NOISE * cell[3]]
+    worse = [cell for cell in found if cell[2] > 1 + _NOISE * cell[3]]
+    say = "; ".join(
+        f"{bits} bits, {_block(block)}: x{value:.3g} +- {error:.1g}"
+        for bits, block, value, error in sorted(better, key=lambda cell: cell[2])[:_WORST]
+    )
+    text = (
+        f"Preserving super weights against plain rounding, beyond {_NOISE} standard errors: better "
+        f"in {len(better)} of {len(found)} cells"
+    )
+    text += f" (most: {say})" if say else ""
+    text += f", worse in {len(worse)}"
+    listed = "; ".join(
+        f"{bits} bits, {_block(block)}: x{value:.3g} +- {error:.1g}"
+        for bits, block, value, error in worse
+    )
+    return text + (f" ({listed})." if listed else ".")
+
+
+def _block(block: int | str) -> str:
+    return block if block == quality.TENSOR else f"{block:,}"
+
+
+def _quality_cell(study: quality.Table, key: quality.Key) -> str:
+    measured, ratio = study.perplexity(key), study.ratio(key)
+    if measured is None or ratio is None:
+        return NOT_MEASURED
+    return f"{measured.value:.4g} (x{ratio[0]:.4g} +- {ratio[1]:.1g})"
 
 
 def _predictions(book: Book) -> str:

