@@ -179,6 +179,15 @@ def test_nothing_of_the_model_changes():
     restore_super_weights(model, {"0": LISTED}, values={"0": matrix()})
 
 
+@pytest.mark.parametrize("make", [four_bit, eight_bit])
+def test_compiles(make):
+    model, _ = restored(make(matrix()), matrix())
+    x = torch.randn(3, H)
+    with torch.compiler.set_stance("default"), torch.no_grad():
+        y = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+        assert torch.equal(y, model(x))
+
+
 def test_a_copy_is_a_model_of_its_own():
     model, handle = restored(four_bit(matrix()), matrix())
     twin, want = copy.deepcopy(model), read_back(model)
@@ -484,6 +493,10 @@ def test_what_is_no_packed_weight():
         from_bitsandbytes(nn.Linear(4, 4))
     with pytest.raises(InvalidInput, match="not quantized yet"):
         from_bitsandbytes(bnb.nn.Params4bit(matrix(), requires_grad=False))
+    with pytest.raises(InvalidInput, match=r"holds a weight \[128, 64\], expected \[64, 128\]"):
+        layer = bnb.nn.Linear4bit(H, D, bias=False)
+        layer.weight = four_bit(matrix().T).weight
+        from_bitsandbytes(layer)
     layer = four_bit(matrix())
     layer.weight.data = layer.weight.data[:100]
     with pytest.raises(InvalidInput, match="100 bytes of codes, expected 4096"):

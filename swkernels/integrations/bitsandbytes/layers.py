@@ -26,12 +26,19 @@ def read_layer(layer: nn.Module, name: str) -> QuantizedTensor:
         InvalidInput: another module, or a weight that is not quantized or not whole.
     """
     if isinstance(layer, Linear4bit):
-        return read_4bit(layer.weight, state_of(layer), name)
-    if isinstance(layer, Linear8bitLt):
-        return _read_8bit(layer, name)
-    raise InvalidInput(
-        f"{name} is a {type(layer).__name__}: expected bitsandbytes' Linear4bit or Linear8bitLt"
-    )
+        q = read_4bit(layer.weight, state_of(layer), name)
+    elif isinstance(layer, Linear8bitLt):
+        q = _read_8bit(layer, name)
+    else:
+        raise InvalidInput(
+            f"{name} is a {type(layer).__name__}: expected bitsandbytes' Linear4bit or Linear8bitLt"
+        )
+    expected = layer.out_features, layer.in_features
+    if q.shape != expected:
+        raise InvalidInput(
+            f"{name} holds a weight {list(q.shape)}, expected {list(expected)}: quantize it anew"
+        )
+    return q
 
 
 def state_of(layer: Linear4bit):

@@ -98,9 +98,8 @@ def restore_super_weights(
             raise InvalidInput(
                 f"{site} has restored super weights already: call remove() of their handle first"
             )
-        q = read_layer(layer, str(site))
-        restoration = Restoration(indices, exact[site], q.shape, str(site))
-        before = values_at(layer, q, restoration.positions.to(q.device))
+        restoration = Restoration(indices, exact[site], target.shape, str(site))
+        before = restoration.read(layer)
         found.append((layer, restoration))
         for place, old, new in zip(indices.tolist(), before.tolist(), exact[site].tolist()):
             report.append(Restored(site.name, *place, old, new))
@@ -126,24 +125,25 @@ class Restoration:
         self._pattern, _ = ops.SparsePattern.sort(*indices.unbind(1), shape)
         self._scales = self._deltas = None
 
-    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor):
-        x = args[0] if args else next(iter(kwargs.values()))
-        # What the layer multiplies by changes with its scales: evaluated on a CPU, it rounds them.
-        if self._scales is not scales_of(layer):
-            self._find_deltas(layer)
-        # Where nobody else has seen the output.
-        inplace = type(layer).__name__ in _FRESH_OUTPUT and len(layer._forward_hooks) == 1
-        return ops.pattern_linear(x, output, self._deltas, self._pattern, inplace=inplace)
-
-    def _find_deltas(self, layer: nn.Module) -> None:
-        """What the weight lacks at each position, and all else on the device of the layer."""
-        # They outlive the call, which may run in inference mode.
+    def read(self, layer: nn.Module) -> torch.Tensor:
+        """Find what the layer lacks at each position; return what it has there, float32 [k]."""
+        # The deltas outlive the call, which may run in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             q = read_layer(layer, self._name)
             base = values_at(layer, q, self.positions.to(q.device))
             self._deltas = self.values.to(q.device) - base
             self._pattern = self._pattern.to(q.device)
         self._scales = scales_of(layer)
+        return base
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor):
+        x = args[0] if args else next(iter(kwargs.values()))
+        # What the layer multiplies by changes with its scales: evaluated on a CPU, it rounds them.
+        if self._scales is not scales_of(layer):
+            self.read(layer)
+        # Where nobody else has seen the output.
+        inplace = type(layer).__name__ in _FRESH_OUTPUT and len(layer._forward_hooks) == 1
+        return ops.pattern_linear(x, output, self._deltas, self._pattern, inplace=inplace)
 
 
 def restoration_of(layer: nn.Module) -> Restoration | None:
