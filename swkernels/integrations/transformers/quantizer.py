@@ -101,8 +101,9 @@ class SuperWeightQuantizer(HfQuantizer):
         _tie(model)
         with _unmarked(model):
             layers, self.left_out = select(model, config.config)
-        self._coordinates = config.coordinates(model)
-        self._listed = find_listed(model, self._coordinates)
+        with torch.device("cpu"):  # tensors are made on the meta device otherwise
+            self._coordinates = config.coordinates(model)
+            self._listed = find_listed(model, self._coordinates)
         self._places = places_of(model, [layer.module for layer in layers])
         self._embedding: nn.Module | None = None
         # Weights that are tied are one parameter: the file may have it under any of its names.
