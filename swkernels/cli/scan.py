@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from .inputs import load_model
 from .output import OutputDirectory, make_console, stages
 
 # The defaults shown are ScanConfig's, which is too heavy to import for --help; a test compares.
@@ -64,7 +65,6 @@ def scan(
     output: Annotated[Path | None, _OUTPUT] = None,
 ) -> None:
     """Find the super weights of MODEL and prove them by measurement."""
-    from swkernels.detect import loading
     from swkernels.detect import scan as detection
 
     settings = {
@@ -86,7 +86,7 @@ def scan(
     console = make_console()
     with OutputDirectory(output) as folder, stages(console) as progress:
         progress("loading the model", 0, 1)
-        loaded, tokenizer, fingerprint = loading.load_model(
+        loaded, tokenizer, fingerprint = load_model(
             model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
         progress("loading the model", 1, 1)

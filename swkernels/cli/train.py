@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from . import trained
+from .inputs import load_model
 from .output import OutputDirectory
 
 _STATE = "state.safetensors"
@@ -76,7 +77,6 @@ def train(
     export: Annotated[list[str] | None, _EXPORT] = None,
 ) -> None:
     """Train chosen weights of MODEL and nothing else of it."""
-    from swkernels.detect import loading
     from swkernels.quant.super_weights import read_super_weights
     from swkernels.train import loop, sparse
     from swkernels.train.data import read_examples, read_source
@@ -101,7 +101,7 @@ def train(
     state = output / _STATE
     with OutputDirectory(output) as folder:
         trained.say("loading the model")
-        loaded, tokenizer, fingerprint = loading.load_model(
+        loaded, tokenizer, fingerprint = load_model(
             model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
         chosen = listed or _choose(choices, settings.seed, loaded)

@@ -371,3 +371,20 @@ def test_the_command_is_a_call(checkpoint, scan, go, tmp_path):
     ids = torch.arange(12)[None]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert QuantReport.load(tmp_path / "out" / REPORT).layers == report.layers
+
+
+def test_other_commands_on_a_packed_model(go, scan, tmp_path, capfd):
+    """It can be trained beside its codes; a scan needs the weights' values, and says so."""
+    assert go("--super-weights", scan, "-o", tmp_path / "out") == 0
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 20)
+    options = ["--text", str(text), "--samples", "2", "--length", "16", "--device", "cpu"]
+    capfd.readouterr()
+    assert main(["scan", str(tmp_path / "out"), *options]) == 2
+    assert "is packed" in capfd.readouterr().err
+    options = [
+        "--data", str(text), "--coordinates", str(scan), "--length", "16", "--batch-size", "2",
+        "--steps", "2", "--device", "cpu", "-o", str(tmp_path / "trained"),
+    ]  # fmt: skip
+    assert main(["train", str(tmp_path / "out"), *options]) == 0
+    assert json.loads((tmp_path / "trained" / "train.json").read_text())["largest_delta"] > 0
