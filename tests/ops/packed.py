@@ -23,6 +23,16 @@ CLIPS = [
 SCALE_DTYPES = ["float32", "float16", "int8"]
 
 
+def interpreted(backend) -> bool:
+    """Whether Triton's interpreter runs the kernels, which takes a thousand times as long."""
+    return backend == "triton" and DEVICE == "cpu"
+
+
+def some_of(backend, cases, every: int) -> list:
+    """The cases for ``backend``: all of them, or every so-manieth for the interpreter."""
+    return list(cases)[:: every if interpreted(backend) else 1]
+
+
 def heavy(D, H, dtype=torch.float32, seed=0, scale=0.02):
     """Weights with heavy tails of either sign, and one that is far beyond the others."""
     w = normal(D, H, seed=seed) ** 3 * scale

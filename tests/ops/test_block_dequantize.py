@@ -20,7 +20,9 @@ from .packed import (
     SCALE_DTYPES,
     expected,
     heavy,
+    interpreted,
     quantize,
+    some_of,
     values_of,
 )
 
@@ -40,7 +42,7 @@ def takes(backend, dtype):
 @backends
 def test_values_are_those_of_the_codes_rounded_once(backend, code, symmetric):
     apart = [0, 1, 36, 37, 300, 480]
-    for block, scale_dtype in zip(BLOCKS, itertools.cycle(SCALE_DTYPES)):
+    for block, scale_dtype in some_of(backend, zip(BLOCKS, itertools.cycle(SCALE_DTYPES)), 4):
         w = heavy(13, 37)
         places = torch.tensor([divmod(place, 37) for place in apart], device=DEVICE)
         q = quantize(w, code, symmetric, block, None, scale_dtype, outliers=places)
@@ -102,7 +104,7 @@ def test_scales_that_are_very_large_small_or_zero(backend):
 @given(data=st.data())
 def test_any_packed_matrix(backend, data):
     draw = data.draw
-    most = 12 if backend == "triton" and DEVICE == "cpu" else 70
+    most = 12 if interpreted(backend) else 70
     D, H = draw(st.integers(0, most)), draw(st.integers(0, most))
     block = draw(
         st.one_of(

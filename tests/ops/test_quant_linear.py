@@ -16,7 +16,7 @@ from swkernels.ops.block_dequantize import as_arguments
 
 from .backends_here import DEVICE, DTYPES, runnable
 from .listed import Allocations, integers, normal
-from .packed import CODE_NAMES, CODES, SCALE_DTYPES, heavy, quantize
+from .packed import CODE_NAMES, CODES, SCALE_DTYPES, heavy, interpreted, quantize
 
 codes = pytest.mark.parametrize("code, symmetric", CODES, ids=CODE_NAMES)
 backends = pytest.mark.parametrize("backend", runnable("quant_linear"))
@@ -28,10 +28,6 @@ TOKENS = (1, 2, 5, 16, 33, 300)
 
 # NumPy warns where Triton's interpreter computes with infinity and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-
-def interpreted(backend):
-    return backend == "triton" and DEVICE == "cpu"
 
 
 def columns_of(T, H, seed=0):
