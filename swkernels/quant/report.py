@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from swkernels.backends.blocks import to_blocks
+from swkernels.backends.plan import Plan
 from swkernels.errors import InvalidInput
 from swkernels.ops.quantized import QuantizedTensor
 from swkernels.train.files import read_json, write_atomically
@@ -17,6 +19,7 @@ from swkernels.train.files import read_json, write_atomically
 from .config import QuantConfig
 
 SCHEMA = "swkernels.quantize/1"
+_PIECE = 1 << 18  # elements that are compared together
 
 
 @dataclass(frozen=True)
@@ -188,16 +191,45 @@ def describe(
 def _errors(matrix: torch.Tensor, q: QuantizedTensor) -> tuple[float, int, float]:
     """The relative error, the worst block, and its error; see ``LayerReport``."""
     plan = q.plan
-    change = q.dequantize(torch.float32).sub_(matrix).square_()
-    per_block = to_blocks(change, plan.block, 0.0).sum(1, dtype=torch.float64)  # [blocks]
-    power = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
-    if not plan.elements or power == 0:
+    per_block = torch.zeros(plan.blocks, dtype=torch.float64, device=matrix.device)
+    power = 0.0
+    now, was = q.dequantize(torch.float32).view(-1), matrix.reshape(-1)
+    for start, stop, block, sums in _pieces(plan):
+        piece = was[start:stop].float()
+        power += float(torch.dot(piece, piece))
+        found = sums(torch.sub(now[start:stop], piece).square_())
+        per_block[block : block + len(found)] += found
+    if power == 0:
         return 0.0, 0, 0.0  # a matrix of zeros is packed exactly
-    sizes = _sizes(plan, per_block.device)
-    means = per_block / sizes
+    means = per_block / _sizes(plan, per_block.device)
     block = int(means.argmax())
     worst = math.sqrt(float(means[block]) / (power / plan.elements))
     return math.sqrt(float(per_block.sum()) / power), block, worst
+
+
+def _pieces(plan: Plan) -> Iterator[tuple[int, int, int, Callable]]:
+    """Cut a flattened matrix into pieces that stay in a cache.
+
+    Yields first and last element, the first block in it, and what gives the sums of its blocks.
+    """
+    r, c = plan.block
+    if r == 0 and c > _PIECE:
+        for block in range(plan.blocks):
+            last = min((block + 1) * c, plan.elements)
+            for start in range(block * c, last, _PIECE):
+                yield start, min(start + _PIECE, last), block, lambda part: part.sum().view(1)
+        return
+    full = c if r == 0 else r * plan.columns  # a block, or a row of tiles
+    step = full * max(1, _PIECE // full)
+    width = 1 if r == 0 else -(-plan.columns // c)
+    for start in range(0, plan.elements, step):
+        stop = min(start + step, plan.elements)
+
+        def sums(part):
+            part = part.view(1, -1) if r == 0 else part.view(-1, plan.columns)
+            return to_blocks(part, plan.block, 0.0).sum(1)
+
+        yield start, stop, start // full * width, sums
 
 
 def _sizes(plan, device) -> torch.Tensor:
