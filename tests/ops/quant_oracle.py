@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from swkernels.backends.plan import NF4  # a table of data; a test holds it against bitsandbytes
+from swkernels.backends.plan import NF4  # data, held against bitsandbytes in a test of its own
 
 F = np.float32
 FP4_MAGNITUDES = [Fraction(p) for p in ("0", "1/192", "2/3", "1", "1/3", "1/2", "1/6", "1/4")]
