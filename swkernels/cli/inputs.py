@@ -44,22 +44,6 @@ def load_quantized(name: str, config, super_weights, progress, **options):
         return model, tokenizer, fingerprint, report
     from swkernels.integrations.transformers import SuperWeightQuantConfig
 
-    method = SuperWeightQuantConfig(config, super_weights=super_weights)
-    progress("loading and packing", 0, 1)
+    method = SuperWeightQuantConfig(config, super_weights=super_weights, progress=progress)
     model, tokenizer, fingerprint = load_model(name, quantization_config=method, **options)
-    progress("loading and packing", 1, 1)
-    return model, tokenizer, fingerprint, _report(model, config)
-
-
-def _report(model, config):
-    """The QuantReport of a model that was quantized while it was loaded, in the model's order."""
-    from swkernels.quant import QuantReport
-    from swkernels.quant.model import size_of
-
-    quantizer, size = model.hf_quantizer, size_of(model)
-    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    layers = sorted(quantizer.reports, key=lambda one: (order[one.name], one.expert or 0))
-    saved = sum(one.bytes_before - one.bytes_after for one in layers)
-    label = f"{type(model).__name__} ({model.config.name_or_path})"
-    left_out = tuple(quantizer.left_out)
-    return QuantReport(label, config, tuple(layers), left_out, size + saved, size)
+    return model, tokenizer, fingerprint, model.hf_quantizer.report(model)

@@ -74,7 +74,7 @@ def quantize(
         reports = _replace(root, layers, config, listed, show, backend)
     stamp(root, config, coordinates)
     return QuantReport(
-        _label(root), config, tuple(reports), tuple(left_out), before, size_of(root)
+        label_of(root), config, tuple(reports), tuple(left_out), before, size_of(root)
     )
 
 
@@ -224,7 +224,8 @@ def size_of(root: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _label(root: nn.Module) -> str:
+def label_of(root: nn.Module) -> str:
+    """The class of a model, and where it was loaded from if that is known."""
     path = getattr(getattr(root, "config", None), "name_or_path", "")
     return f"{type(root).__name__} ({path})" if path else type(root).__name__
 

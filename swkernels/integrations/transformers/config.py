@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 
 from torch import nn
@@ -23,15 +23,22 @@ class SuperWeightQuantConfig(QuantizationConfigMixin):
         config: a ``swkernels.QuantConfig``; or its fields as keywords (code, block_size, ...).
         super_weights: what is kept exactly, as in ``swkernels.quantize``: a ``ScanReport``,
             ``Coordinates``, the path of a file of either, or {name: [[row, column], ...]}.
+        progress: called with (stage, weights done, weights) while a model is loaded.
 
     Raises:
         InvalidInput: a field that is unknown or wrong, or a file that cannot be read.
     """
 
     def __init__(
-        self, config: QuantConfig | None = None, *, super_weights: object = None, **fields_given
+        self,
+        config: QuantConfig | None = None,
+        *,
+        super_weights: object = None,
+        progress: Callable[[str, int, int], None] | None = None,
+        **fields_given,
     ):
         self.quant_method = METHOD
+        self.progress = progress
         if config is not None and (fields_given or not isinstance(config, QuantConfig)):
             given = fields_given or type(config).__name__
             raise InvalidInput(f"expected a QuantConfig or its fields as keywords, got {given}")
@@ -47,7 +54,7 @@ class SuperWeightQuantConfig(QuantizationConfigMixin):
         method = given.pop("quant_method", METHOD)
         if method != METHOD:
             raise InvalidInput(f"quant_method must be {METHOD!r}, got {method!r}")
-        config = QuantizedModelConfig(given) if "packed" in given else cls(**given)
+        config = QuantizedModelConfig(given) if "version" in given else cls(**given)
         return (config, kwargs) if return_unused_kwargs else config
 
     def coordinates(self, model: nn.Module) -> Coordinates | None:
@@ -83,6 +90,10 @@ class QuantizedModelConfig(SuperWeightQuantConfig):
             raise InvalidInput(
                 f"the quantization_config is of version {version!r}, expected {VERSION}: update "
                 "swkernels, or quantize the model again"
+            )
+        if "packed" not in self.content:
+            raise InvalidInput(
+                "the quantization_config does not say where the model is packed: get the file anew"
             )
         known = {field.name for field in fields(QuantConfig)}
         self.config = QuantConfig.from_dict({k: v for k, v in self.content.items() if k in known})

@@ -20,8 +20,8 @@ from swkernels.nn import QuantLinear
 from swkernels.nn.packed import PackedModule
 from swkernels.nn.quant_experts import QuantExperts, replace_parameter
 from swkernels.quant.checkpoint import METHOD, forget_tie, keep_names, rebuild
-from swkernels.quant.model import pack, replacement_of
-from swkernels.quant.report import LayerReport
+from swkernels.quant.model import label_of, pack, replacement_of, size_of
+from swkernels.quant.report import LayerReport, QuantReport
 from swkernels.quant.selection import Layer, places_of, select
 from swkernels.quant.super_weights import find_listed
 
@@ -51,8 +51,9 @@ class SuperWeightQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         if self.pre_quantized != isinstance(quantization_config, QuantizedModelConfig):
             raise InvalidInput(
-                "the model's quantization_config does not say where it is packed: it is no "
-                "quantized model, or its config.json is damaged"
+                "the config.json of this model says nothing of how it is packed: get it anew"
+                if self.pre_quantized
+                else "expected a SuperWeightQuantConfig, got the config of a quantized model"
             )
         self.reports: list[LayerReport] = []
         self.left_out: list[tuple[str, str]] = []
@@ -92,6 +93,16 @@ class SuperWeightQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _Pack(self)
 
+    def report(self, model: nn.Module) -> QuantReport:
+        """What was done to ``model`` while it was loaded, in the model's order."""
+        order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+        layers = sorted(self.reports, key=lambda one: (order[one.name], one.expert or 0))
+        after = size_of(model)
+        before = after + sum(one.bytes_before - one.bytes_after for one in layers)
+        config = self.quantization_config.config
+        left_out = tuple(self.left_out)
+        return QuantReport(label_of(model), config, tuple(layers), left_out, before, after)
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         if self.pre_quantized:
             rebuild(model, self.quantization_config.packed)
@@ -110,6 +121,7 @@ class SuperWeightQuantizer(HfQuantizer):
         by_weight: dict[nn.Parameter, list[Layer]] = {}
         for layer in layers:
             by_weight.setdefault(layer.weight, []).append(layer)
+        self._done, self._total = 0, len(by_weight)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if parameter in by_weight:
                 self._layers[name] = by_weight[parameter]
@@ -129,6 +141,7 @@ class SuperWeightQuantizer(HfQuantizer):
         layers = self._layers[name]
         if layers and self.refused is None:
             self._pack(layers, weight)
+            self._show_progress()
         missing_keys -= {n for n in self._replaced if self._layers[n] is layers}
         layers.clear()
         return name not in self._replaced
@@ -157,6 +170,11 @@ class SuperWeightQuantizer(HfQuantizer):
         self.reports += reports
         for layer in layers:
             self._put(layer, packed)
+
+    def _show_progress(self) -> None:
+        self._done += 1
+        if self.quantization_config.progress is not None:
+            self.quantization_config.progress("packing", self._done, self._total)
 
     def _put(self, layer: Layer, packed: list) -> None:
         if layer.kind == "experts":
