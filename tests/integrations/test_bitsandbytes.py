@@ -606,6 +606,20 @@ def test_qlora_trains_on_top(tmp_path):
         assert torch.equal(again(input_ids=ids).logits, lora(input_ids=ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore:Merge lora module")
+def test_merged_layers_have_the_exact_values_again(tmp_path):
+    """Merging quantizes the layer anew: its scales are others, and the hook follows."""
+    model, path = quantized_folder(tmp_path)
+    packed = load(path, load_in_4bit=True, bnb_4bit_quant_type="nf4").train()
+    handle = restore_super_weights(packed, scan_of(model))
+    lora = LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=False)
+    layer = get_peft_model(packed, lora).merge_and_unload().train().get_submodule(DOWN)
+    exact = torch.tensor([restored.after for restored in handle.report])
+    got = read_back(layer)
+    # LoRA's part, which the sum takes away, is large against them.
+    assert ((got[[3, 9], [5, 100]] - exact).abs() <= 2.0**-23 * got.abs().max()).all()
+
+
 # --- a real model ---
 
 CRITICAL = {"model.layers.11.mlp.down_proj": [[507, 1229], [507, 1487]]}
