@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from swkernels.backends.plan import Code
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # What a tuning file's "device" contains, and the architecture that its records are for.
 DEVICES = {
@@ -47,9 +49,19 @@ DTYPES = {
     "masked_grad": FLOATS,
     "lora_linear": FLOATS,
     "topk_low_rank": FLOATS,
+    "block_quantize": ("float32", "bfloat16"),
+    "block_dequantize": ("float32", "bfloat16"),
+    "quant_linear": ("float32", "bfloat16"),
 }
 # Operations of several kernels: how the one of a variant is called.
-KERNELS = {"lora_linear": "lora_{}_kernel"}
+KERNELS = {
+    "lora_linear": "lora_{}_kernel",
+    "block_quantize": "block_{}_kernel",
+    "quant_linear": "quant_linear_{}_kernel",
+}
+PACKED = ("block_quantize", "block_dequantize", "quant_linear")
+LIBRARY = ("two_pass", "dequantize")  # variants that are a library's kernel
+NO_OPTIONS = ("waves", "tokens", "beyond")  # of a configuration, and no part of the binary
 TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tfloat32": "fp32"}
 
 
@@ -59,7 +71,8 @@ class Build:
 
     `mode` holds what else makes a binary: the activation, "index" with a token index, "ones" with
     all sizes and strides 1, which the launcher turns into constants, "odd" with sizes and strides
-    that 16 does not divide.
+    that 16 does not divide; for packed matrices, which are symmetric int4 in blocks of 64 with
+    outliers otherwise, "nf4", "zero points" and "4 tokens".
     """
 
     architecture: str
@@ -110,8 +123,8 @@ def _builds_of(path: Path) -> Iterator[Build]:
     candidates = ARCHITECTURES if device is None else [_architecture(device, path)]
     for record in content["records"]:
         patterns = record.get("architectures") or ["*"]
-        if record["variant"] == "two_pass" or patterns == ["interpreter"]:
-            continue  # a library's kernel, or no binary at all
+        if record["variant"] in LIBRARY or patterns == ["interpreter"]:
+            continue  # no binary of ours
         if record["op"] not in DTYPES:
             raise ValueError(
                 f"{path}: {record['op']!r} is unknown: add it to tests/backends/aot.py"
@@ -122,8 +135,8 @@ def _builds_of(path: Path) -> Iterator[Build]:
                 f"{path}: a record for {', '.join(patterns)} is for none of "
                 f"{', '.join(candidates)}: add the architecture to tests/backends/aot.py"
             )
-        # How many programs a multiprocessor gets is no part of the binary.
-        config = tuple(sorted((k, v) for k, v in record["config"].items() if k != "waves"))
+        config = record["config"].items()
+        config = tuple(sorted((k, v) for k, v in config if k not in NO_OPTIONS))
         for architecture in chosen:
             for dtype in record.get("dtypes") or DTYPES[record["op"]]:
                 kernel = (architecture, record["op"], dtype, record["variant"])
@@ -143,6 +156,11 @@ def _modes(architecture, op, dtype, variant, *, shipped_for_all) -> Iterator[tup
     yield from [(name,) for name in activations] or [()]
     if op == "lora_linear":
         yield ("mask and dropout",)
+    if op in PACKED and dtype == "bfloat16" and architecture in ("sm_90", "gfx942"):
+        if variant not in ("ranges", "sums"):
+            yield from (("nf4",), ("zero points",))
+        if variant == "vector":
+            yield ("4 tokens",)
     if dtype == "bfloat16" and op.endswith("absmax"):
         yield (*activations[:1], "index")
         if shipped_for_all and architecture == "sm_90" and variant != "descriptors":
@@ -210,6 +228,7 @@ def _compile(build: Build):
         "first",
         "last",
         "capacity",
+        "share",
     )  # sizes that the launcher does not specialise on
     aligned = {
         (place,): [["tt.divisibility", 16]]
@@ -234,7 +253,27 @@ def _split(build: Build) -> tuple[dict, dict]:
     constants |= {name: bool(build.mode) for name in ("MASKED", "DROPPED")}
     if "index" not in build.mode:
         constants["token_index"] = None
+    if build.op in PACKED:
+        constants |= _packed(build, config)
+        if build.op != "quant_linear":
+            options["enable_fp_fusion"] = False
     return constants, options
+
+
+def _packed(build: Build, config: dict) -> dict:
+    """What the kernels on packed matrices are compiled for."""
+    code = Code("nf4") if "nf4" in build.mode else Code("int4", "zero points" not in build.mode)
+    block = 64
+    if config.get("BLOCK", 0) > 2048:  # one block fills a program
+        block = config["BLOCK"]
+    constants = {"BITS": code.bits, "STEPS": code.steps, "ZERO": code.zero, "ORDER": 0}
+    constants |= {"TABLE": code.table is not None, "LISTED": True, "COLUMNS": False, "RUN": 0}
+    constants |= {"WIDTH": block, "BLOCKS": config.get("BLOCK", 0) // block, "GROUP": 64, "PER": 8}
+    constants |= {"TILES": build.op == "quant_linear", "LEAST": 2.0**-20, "SIGNED": False}
+    constants["BLOCK_T"] = config.get("BLOCK_T", 4 if "4 tokens" in build.mode else 1)
+    if code.symmetric:
+        constants["zero_points"] = None
+    return constants
 
 
 def _argument_type(name: str, build: Build, constants: dict) -> str:
@@ -245,7 +284,13 @@ def _argument_type(name: str, build: Build, constants: dict) -> str:
     if name in matrices and constants.get("DESCRIPTORS"):
         block = ",".join(str(constants[f"BLOCK_{side}"]) for side in matrices[name])
         return f"tensordesc<{short}[{block}]>"
-    if name in ("bias", "gate", "up", "h", "dy", "grad", "S", *matrices):
+    if name in ("words", "zero_points", "exponents", "codes"):
+        return "*u8" if name == "codes" else "*i32"
+    if name in ("scales", "table", "middles", "low", "high"):
+        return "*fp32"
+    if build.op in PACKED and name in ("positions", "values", "sums"):
+        return {"positions": "*i32", "values": f"*{short}", "sums": "*i64"}[name]
+    if name in ("bias", "gate", "up", "h", "dy", "grad", "S", "w", "out", *matrices):
         return f"*{short}"
     if name in ("A", "B"):  # topk_low_rank: factors in the dtype of the record
         return f"*{short}"

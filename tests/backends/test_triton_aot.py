@@ -67,7 +67,9 @@ def _about_limits(build, facts):
 def _about_code(build, facts):
     if build.op == "lora_linear" and build.dtype != "float32" and not facts.count(ANY_MATRIX_UNIT):
         yield f"no instruction {ANY_MATRIX_UNIT}"
-    if not build.op.endswith("absmax"):  # gathers of single elements, no peaks
+    if build.op in aot.PACKED:
+        yield from (f"no instruction {name}" for name in _packed(build) if not facts.count(name))
+    if not build.op.endswith("absmax"):  # no peaks
         return
     wanted, unwanted = [MERGE], [COMPARE_AND_SWAP]
     through_descriptors = build.variant == "descriptors"
@@ -91,6 +93,12 @@ def _about_code(build, facts):
     for name in unwanted:
         if facts.count(name):
             yield f"{facts.count(name)} instructions {name}; allowed: none"
+
+
+def _packed(build):
+    if build.variant in ("fused", "encode", "ranges"):
+        return [WIDE_LOAD]
+    return {"runs": [WIDE_STORE], "dot": [ANY_MATRIX_UNIT]}.get(build.variant, [])
 
 
 def _about(budget, facts):
@@ -191,8 +199,10 @@ def test_what_the_tensor_cores_do_not_multiply_is_caught(compiled):
             assert complaints(other, compiled[build], budget_of(compiled[build])) == expected
 
 
-# Element by element, as listed; or narrow by nature: factors of a few columns.
+# Element by element, as listed; narrow by nature, as factors of a few columns; or, where the sizes
+# are 1, blocks of one element.
 GATHERING = {"sampled_grad", "sparse_linear", "masked_grad", "lora_linear", "topk_low_rank"}
+GATHERING.update(aot.PACKED)
 
 
 def test_narrow_loads_are_caught(compiled):
