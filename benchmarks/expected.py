@@ -145,6 +145,7 @@ def floor(work: Sequence[Work], ceilings: Ceilings, dtype: str) -> tuple[float, 
 _PREDICTED_MODELS = ("SmolLM2-135M", "Llama-3-8B", "Llama-3-70B")
 _PREDICTED_TOKENS = (16, 4096, 16384)
 _PREDICTED_COUNT = 4096  # coordinates of sparse training
+_PREDICTED_BLOCK = 64  # of int4
 
 
 def predicted_rows(dtype: str = "bfloat16") -> list[dict]:
@@ -164,7 +165,7 @@ def predicted_rows(dtype: str = "bfloat16") -> list[dict]:
 def _predicted(projection: Projection, tokens: int, dtype: str) -> list[dict]:
     D, H = projection.rows, projection.columns
     narrow, wide = {"tokens": tokens, "columns": H}, {"tokens": tokens, "columns": H, "rows": D}
-    listed = {**wide, "k": _PREDICTED_COUNT}
+    listed, packed = {**wide, "k": _PREDICTED_COUNT}, {**wide, "block": _PREDICTED_BLOCK}
     works = {
         "column_absmax": (narrow, column_absmax(tokens, H, dtype)),
         "glu_absmax": (narrow, glu_absmax(tokens, H, dtype)),
@@ -172,6 +173,7 @@ def _predicted(projection: Projection, tokens: int, dtype: str) -> list[dict]:
         "tracked_mlp": (wide, swiglu_mlp(tokens, D, H, dtype)),
         "sampled_grad": (listed, sampled_grad(tokens, D, H, _PREDICTED_COUNT, dtype)),
         "sparse_linear": (listed, sparse_linear(tokens, D, H, _PREDICTED_COUNT, dtype)),
+        "quant_linear": (packed, quant_linear(tokens, D, H, 4, _PREDICTED_BLOCK, dtype)),
     }
     return [
         {

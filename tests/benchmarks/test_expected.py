@@ -26,6 +26,19 @@ def test_column_absmax_is_a_read():
     assert binding == "read" and seconds == pytest.approx(67.14e6 / 4.8e12, rel=1e-3)
 
 
+def test_packed_weights_by_hand():
+    (work,) = expected.block_quantize(4096, 14336, 4, 64, "float32")
+    elements = 4096 * 14336
+    assert work.read == 4 * elements == 234_881_024
+    assert work.write == elements // 2 + elements // 64 * 4 == 33_030_144
+    (back,) = expected.block_dequantize(4096, 14336, 4, 64, "float32")
+    assert (back.read, back.write) == (work.write, work.read)
+    (product,) = expected.quant_linear(3, 4096, 14336, 4, 64, "bfloat16")
+    assert product.read == 2 * 3 * 14336 + work.write and product.write == 2 * 3 * 4096
+    assert product.flop == 2 * 3 * elements
+    assert expected.packed_bytes(3, 5, 4, 4) == 8 + 4 * 4  # odd ones are rounded up
+
+
 def test_an_mlp_is_the_sum_of_its_pieces():
     pieces = expected.swiglu_mlp(16384, 8192, 28672, "bfloat16")
     ceilings = expected.PUBLISHED["H100 SXM"]
@@ -43,7 +56,7 @@ def test_predicted_rows_name_every_operation_and_machine():
     rows = expected.predicted_rows()
     assert {row["op"] for row in rows} == {
         "column_absmax", "linear_absmax", "glu_absmax", "tracked_mlp", "sampled_grad",
-        "sparse_linear",
+        "sparse_linear", "quant_linear",
     }  # fmt: skip
     assert all(set(row["seconds"]) == set(expected.PUBLISHED) for row in rows)
     assert all(row["seconds"]["H200 SXM"] <= row["seconds"]["H100 SXM"] for row in rows)

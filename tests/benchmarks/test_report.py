@@ -170,6 +170,36 @@ def test_targets_are_held_against_the_right_machine_and_shape(place):
     assert line.endswith("| 1.050 **missed** (NVIDIA H100 80GB HBM3) |")
 
 
+def test_of_two_packed_weights_the_one_named_is_held_against_the_target(place):
+    shape = {"rows": 4096, "columns": 14336, "block": 64}
+    rows = []
+    for code, ours in (("nf4", 0.01), ("int4", 0.04)):
+        rows += results(
+            "a1", code, ("read", "bare", 8e-3), ("swkernels", "ours", ours),
+            ("bitsandbytes", "peer", 1.3), op="block_quantize",
+        )  # fmt: skip
+        for row in rows[-3:]:
+            row |= {"shape": shape, "projection": f"down_proj, {code}, blocks of 64"}
+    records.write(place.path, header(), rows)
+    readme, _ = place.pages()
+    assert "| 130.000 (Some CPU, 2 cores) |" in line_of(readme, "to NF4, times faster")
+    assert "| 0.200 **missed** (Some CPU, 2 cores) |" in line_of(readme, "to int4, reading")
+
+
+def test_a_model_that_generates_has_its_tokens_a_second_and_its_weights(place):
+    rows = results(
+        "a1", "generation", ("bfloat16 model", "bare", 0.5), ("swkernels", "ours", 0.25),
+        op="quant_generation", shape=(32, 48), dtype="bfloat16",
+    )  # fmt: skip
+    for row, size in zip(rows, (270e6, 81e6)):
+        row["weights"] = int(size)
+    records.write(place.path, header(), rows)
+    readme, page = place.pages()
+    assert "| generation | swkernels | 128 | 81 MB |" in page
+    assert "| 2.000 (Some CPU, 2 cores) |" in line_of(readme, "SmolLM2 in int4, greedy")
+    assert "| 0.300 (Some CPU, 2 cores) |" in line_of(readme, "the same model, bytes")
+
+
 def test_a_share_of_bandwidth_is_that_of_the_read_beside_it(place):
     rows = results(
         "a1", "rows", ("read", "bare", 1e-3), ("swkernels", "ours", 2e-3), shape=(8192, 2048)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,22 +13,35 @@ import torch
 from benchmarks import expected, machine, records, run
 from benchmarks.case import Error, Provider
 from benchmarks.expected import Ceilings
-from benchmarks.measure import measure, peak_memory, poisoned, skipped
-from benchmarks.ops import column_absmax, glu_absmax, linear_absmax
+from benchmarks.measure import cold_copies, measure, peak_memory, poisoned, skipped
+from benchmarks.ops import (
+    block_dequantize,
+    block_quantize,
+    column_absmax,
+    glu_absmax,
+    linear_absmax,
+    quant_linear,
+)
+from benchmarks.ops.packed import packed
 from benchmarks.suites import OPERATIONS, cases
 from swkernels import backends, ops
 from swkernels.errors import InvalidInput
 
-WHOLE_MODELS = {"tracked_model", "sparse_training"}
+WHOLE_MODELS = {"tracked_model", "sparse_training", "quant_generation"}
 SECONDS_LONG = {"lora_linear", "topk_low_rank"}  # on a CPU they are in the suite "models"
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(1e10, 1e10, {"float32": 1e11, "bfloat16": 1e11, "float16": 1e11})
 TINY = ("tiny",), "down_proj"
+PACKED = (block_quantize, block_dequantize, quant_linear)
+SIZES = 64, 128  # of a packed weight
 
 
-def tiny(op, *providers, dtype="float32"):
+def tiny(op, *providers, dtype="float32", code="int4"):
     """A tiny case with more providers than its own, and without torch.compile."""
-    if op is linear_absmax:
+    if op in PACKED:
+        tokens = (5,) if op is quant_linear else ()
+        case = op.case(*TINY, *tokens, *SIZES, code, 32, dtype, CPU, dry=True)
+    elif op is linear_absmax:
         case = op.case(*TINY, 37, 24, 48, dtype, CPU, dry=True)
     else:
         case = op.case(*TINY, 37, 48, dtype, CPU, dry=True)
@@ -40,13 +54,13 @@ def by_provider(case):
     return {result["provider"]: result for result in results}
 
 
-@pytest.mark.parametrize("op", [column_absmax, glu_absmax, linear_absmax])
+@pytest.mark.parametrize("op", [column_absmax, glu_absmax, linear_absmax, *PACKED])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_right_gets_a_speed_and_an_error(op, dtype):
     results = by_provider(tiny(op, dtype=dtype))
     ok = {name: result for name, result in results.items() if result["status"] == "ok"}
     roles = {result["role"] for result in ok.values()}
-    assert roles == {"ours", "bare", "eager"}
+    assert roles - {"peer"} == {"ours", "bare", "eager"}
     for result in ok.values():
         assert 0 < result["p20"] <= result["median"] <= result["p80"]
         assert result["error"]["value"] <= result["error"]["limit"]
@@ -94,9 +108,52 @@ def _wrong_out_keys(inputs):
     return {"y": y, "in_keys": in_keys, "out_keys": out_keys.roll(1)}
 
 
+@pytest.mark.parametrize("code", ["int4", "int8", "nf4"])
+@pytest.mark.parametrize("op", PACKED)
+def test_every_code_is_measured_and_bitsandbytes_beside_its_own(op, code):
+    results = by_provider(tiny(op, code=code))
+    assert {r["status"] for r in results.values()} <= {"ok", "unavailable"}
+    has_nf4 = find_spec("bitsandbytes") is not None and (code == "nf4" or op is quant_linear)
+    peer = "bitsandbytes matmul_4bit, nf4" if op is quant_linear else "bitsandbytes"
+    assert (results[peer]["status"] == "ok") == has_nf4
+
+
+def _wrong_code(inputs):
+    q = ops.block_quantize(inputs["w"], block_size=32)
+    q.codes[3] ^= 1
+    return {"codes": q.codes, "scales": q.scales}
+
+
+def _wrong_scale(inputs):
+    q = ops.block_quantize(inputs["w"], block_size=32)
+    return {"codes": q.codes, "scales": q.scales.nextafter(torch.tensor(1.0))}
+
+
+def _one_value_off(inputs):
+    w = packed(inputs, *SIZES, "int4", 32, "float32").dequantize()
+    w[7, 11] += 1e-6
+    return {"w": w}
+
+
+def _without_outliers(inputs):
+    q = packed(inputs, *SIZES, "int4", 32, "float32")
+    none = {name: inputs[name][:0] for name in ("positions", "values")}
+    return {"y": ops.quant_linear(inputs["x float32"], q.with_tensors(q.tensors() | none))}
+
+
+def _another_weight(inputs):
+    return {"y of nf4": ops.quant_linear(
+        inputs["x float32"], packed(inputs, *SIZES, "int4", 32, "float32")
+    )}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("op", "call"),
     [
+        (block_quantize, _wrong_code),
+        (block_quantize, _wrong_scale),
+        (block_dequantize, _one_value_off),
+        (quant_linear, _without_outliers),
         (column_absmax, _wrong_keys),
         (column_absmax, _wrong_value),
         (glu_absmax, _wrong_h),
@@ -111,6 +168,18 @@ def test_a_wrong_kernel_gets_no_speed(op, call):
     assert "limit" in result["reason"]
     assert all(result[name] is None for name in records.SPEED)
     assert result["peak_memory"] is None
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_a_peer_is_judged_by_its_own_weight():
+    results = by_provider(tiny(quant_linear, Provider("wrong", "peer", _another_weight)))
+    assert results["wrong"]["status"] == "wrong"
+
+
+def test_the_cache_is_cold_for_the_provider_that_reads_least():
+    inputs = {"small": torch.zeros(1024, dtype=torch.uint8), "large": torch.zeros(1 << 20)}
+    assert len(cold_copies(inputs, 1024, CPU)) == 2
+    assert len(cold_copies(inputs, 1024, CPU, ("small",))) == 4
 
 
 def test_one_that_fails_is_named_and_the_rest_still_run():
