@@ -29,7 +29,8 @@ def quant_linear(
 ) -> torch.Tensor:
     """Return x W^T + bias of a packed weight W [D, H], outliers and bias in the same pass.
 
-    Sums are in float32 (float64 for a float64 ``x``). Differentiable in ``x`` and ``bias``.
+    Sums are in float32 (float64 for a float64 ``x``). Differentiable in ``x`` and ``bias``;
+    follows autocast as ``torch.nn.functional.linear`` does.
 
     Args:
         x: [..., H] in float32, bfloat16, float16 or float64; or of ``quantize_activation``, for a
@@ -50,6 +51,8 @@ def quant_linear(
         _check_bias(bias, q.plan, x.device)
         return integer_linear(x, q, bias)
     _check(x, q.plan, q.codes, bias)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     if torch.compiler.is_compiling():
         return torch.ops.swkernels.quant_linear(
             x, q.codes, q.block_scales(), q.zero_points, q.positions, q.values, bias,

@@ -258,6 +258,21 @@ def test_float64_is_exact_to_rounding():
     torch.testing.assert_close(y, x @ q.dequantize().double().T, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_autocast(tokens):
+    q, bias = quantize(heavy(6, 32), largest=2), normal(6, seed=1).requires_grad_()
+    x = normal(tokens, 32).requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = ops.quant_linear(x, q, bias)
+        assert ops.quant_linear(x.double(), q).dtype == torch.float64
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, ops.quant_linear(x.bfloat16(), q, bias))
+    y.float().sum().backward()
+    ones = torch.ones(tokens, 6, dtype=torch.bfloat16, device=DEVICE)
+    assert torch.equal(x.grad, (ones @ q.dequantize(torch.bfloat16)).float())
+    assert bias.grad.dtype == torch.float32
+
+
 def test_the_output_may_be_added_to_in_place():
     """As adapters do with what a layer gives."""
     q, x = quantize(heavy(6, 32)), normal(3, 32).requires_grad_()

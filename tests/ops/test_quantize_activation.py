@@ -189,6 +189,15 @@ def test_batches_and_twice_the_same():
     assert torch.equal(y, ops.quant_linear(batched, q)) and not y.requires_grad
 
 
+def test_autocast_changes_nothing():
+    x, w, places = arguments(20, 40, 9)
+    q = quantize(w, "int8", True, "row", outliers=places)
+    packed = ops.quantize_activation(x, super_activation=3)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = ops.quant_linear(packed, q, normal(9))
+    assert torch.equal(y, ops.quant_linear(packed, q, normal(9)))
+
+
 def test_setting_a_super_activation_aside_is_worth_it():
     """One channel is 300 times the others: most of the activations' error goes with it."""
     x, w = activation(64, 256), normal(32, 256, seed=1)
