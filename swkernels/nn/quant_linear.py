@@ -65,8 +65,6 @@ class QuantLinear(PackedModule, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., H] -> [..., D] in x's type; under autocast in that of autocast."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
         return quant_linear(x, self.packed, self.bias)
 
     def extra_repr(self) -> str:
