@@ -238,11 +238,11 @@ def _dry(suite, device, ops) -> Iterator[Case]:
     for module in (block_quantize, block_dequantize):
         if module.OP in ops:
             for code in ("int4", "nf4"):
-                given = ("tiny",), "down_proj", 24, 48, code, 32, "float32", device
+                given = ("tiny",), "down_proj", 24, 64, code, 32, "float32", device
                 yield module.case(*given, **options)
     if "quant_linear" in ops:
         for count in _DRY_TOKENS:
-            given = ("tiny",), "down_proj", count, 24, 48, "int4", 32, "float32", device
+            given = ("tiny",), "down_proj", count, 24, 64, "int4", 32, "float32", device
             yield quant_linear.case(*given, **options)
     for count in _DRY_TOKENS:
         given = ("tiny",), "down_proj", count, 24, 48, "float32", device
