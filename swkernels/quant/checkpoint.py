@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MethodType
 
 import torch
 from torch import nn
@@ -59,6 +60,27 @@ def stamp(model: nn.Module, config: QuantConfig, super_weights: Coordinates | No
     untie(root)
     root.config.quantization_config = document(root, config, super_weights)
     keep_names(root)
+    root.save_pretrained = MethodType(save_pretrained, root)
+
+
+def save_pretrained(self, save_directory, *args, state_dict=None, **options) -> None:
+    """``save_pretrained`` of a model that was quantized in memory: with a tripwire."""
+    state_dict = self.state_dict() if state_dict is None else state_dict
+    with_tripwire = {**state_dict, **tripwire(packed_groups(self))}
+    type(self).save_pretrained(self, save_directory, *args, state_dict=with_tripwire, **options)
+
+
+def tripwire(groups: list[dict[str, object]]) -> dict[str, torch.Tensor]:
+    """A tensor by its name in the files, which stops who takes them for another model's.
+
+    Where the method is not known, transformers ignores all that is packed and draws random
+    weights. One of them is here, without an element, so that their shapes differ: an error.
+    """
+    for group in groups:
+        for kind, suffix in (("linear", ".weight"), ("embedding", ".weight"), ("experts", "")):
+            for name in group.get(kind, ()):
+                return {name + suffix: torch.empty(0)}
+    return {}
 
 
 def keep_names(root: nn.Module) -> None:

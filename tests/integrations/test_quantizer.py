@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -399,6 +400,36 @@ assert "swkernels.integrations.transformers.peaks" not in sys.modules
 from swkernels.integrations.transformers import log_peaks
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+@pytest.mark.parametrize(("arch", "include"), [("llama", None), ("mixtral", ["experts.*"])])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_files_stop_who_does_not_know_the_method(arch, include, in_memory, tmp_path, monkeypatch):
+    model = tiny_model(arch)
+    config = QuantConfig(include=include)
+    if in_memory:
+        quantize(model, config, progress=False)
+    else:
+        model = load(saved(model, tmp_path / "dense"), SuperWeightQuantConfig(config))
+    folder = saved(copy.deepcopy(model), tmp_path / "q")
+    assert_equal(load(folder), model)
+    auto = pytest.importorskip("transformers.quantizers.auto")
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "swkernels")
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "swkernels")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(folder)
+
+
+def test_loading_warns_of_nothing(files, caplog):
+    logger = transformers.utils.logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        load(files)
+        AutoModel.from_pretrained(files)
+    finally:
+        logger.removeHandler(caplog.handler)
+    texts = [record.message for record in caplog.records if record.levelname != "INFO"]
+    assert not [text for text in texts if "packed_" in text or "MISSING" in text], texts
 
 
 # --- PEFT ---

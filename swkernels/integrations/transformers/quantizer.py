@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +20,14 @@ from swkernels.errors import InvalidInput, SwkernelsError
 from swkernels.nn import QuantLinear
 from swkernels.nn.packed import PackedModule
 from swkernels.nn.quant_experts import QuantExperts, replace_parameter
-from swkernels.quant.checkpoint import METHOD, forget_tie, keep_names, rebuild
+from swkernels.quant.checkpoint import (
+    METHOD,
+    forget_tie,
+    keep_names,
+    packed_groups,
+    rebuild,
+    tripwire,
+)
 from swkernels.quant.model import label_of, pack, replacement_of, size_of
 from swkernels.quant.report import LayerReport, QuantReport
 from swkernels.quant.selection import Layer, places_of, select
@@ -80,6 +88,10 @@ class SuperWeightQuantizer(HfQuantizer):
         """Bytes of a weight once it is packed, which device maps are made by."""
         return None if self.pre_quantized else self.quantization_config.config.bits / 8
 
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict, dict]:
+        """What ``save_pretrained`` writes."""
+        return {**model.state_dict(), **tripwire(packed_groups(model))}, {}
+
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
         """Whether the loader leaves a tensor to this quantizer.
 
@@ -106,6 +118,10 @@ class SuperWeightQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         if self.pre_quantized:
             rebuild(model, self.quantization_config.packed)
+            known = model._keys_to_ignore_on_load_unexpected
+            names = [f"{re.escape(name)}$" for name in tripwire(self.quantization_config.packed)]
+            kind = set if isinstance(known, set) else list  # transformers 5.0 has a list, or None
+            model._keys_to_ignore_on_load_unexpected = kind([*(known or ()), *names])
             _mark_initialized(model)
             return
         config = self.quantization_config
