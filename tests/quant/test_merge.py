@@ -15,6 +15,7 @@ from swkernels import QuantConfig, ops, quantize
 from swkernels.errors import InvalidInput
 from swkernels.ops.outliers import check_keep, keep, restore
 from swkernels.train import Coordinates, sparse
+from swkernels.train.export import to_checkpoint
 from swkernels.train.weights import find_weights
 from tests.models.tiny import run, tiny_model, token_ids
 
@@ -46,7 +47,9 @@ def with_random_values(model, k=60, name="default", seed=1):
 
 def packed(model):
     """Every tensor of every packed matrix, as it is now."""
-    return {name: buffer.clone() for name, buffer in model.named_buffers() if "packed" in name}
+    held = {name: buffer.clone() for name, buffer in model.named_buffers() if "packed" in name}
+    # Filled in when a state dict is made, and only then.
+    return {name: buffer for name, buffer in held.items() if "checksum" not in name}
 
 
 # --- training ---
@@ -229,6 +232,25 @@ def test_peft():
         assert all(torch.equal(buffer, after[name]) for name, buffer in before.items())
         merged = adapted.merge_and_unload()
         assert torch.allclose(logits(merged), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["llama", "mixtral"])
+def test_a_checkpoint_holds_the_merged_outliers(arch, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    import swkernels.integrations.transformers  # noqa: F401  # it knows the method
+
+    kept = Coordinates.random(tiny_model(arch), 20, seed=9)
+    model = quantized(arch, kept, outlier_dtype="bfloat16")  # which the merge widens
+    handle = with_random_values(model)
+    before = packed(model)
+    to_checkpoint(handle, tmp_path / "merged")
+    assert all(torch.equal(b, before[name]) for name, b in packed(model).items())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    handle.merge()
+    want = packed(model)
+    assert all(torch.equal(b, want[name]) for name, b in packed(loaded).items())
+    assert torch.equal(logits(loaded), logits(model))
 
 
 # --- the operation below it ---
