@@ -62,7 +62,7 @@ def _tile(w, b, first, rest, blocks, N, D, H, r, c, across, TILES, COLUMNS, WIDT
 
 @triton.jit
 def _listed_range(positions, k, b, blocks, first, stop, H, r, c, across, TILES, COLUMNS):
-    """The range in the positions of elements first to stop of blocks that begin with b, at least."""
+    """Where elements first to stop of blocks from b on may stand in the positions."""
     last = b + blocks - 1
     if COLUMNS:
         low, high = first * H, stop * H

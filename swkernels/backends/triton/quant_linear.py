@@ -245,6 +245,7 @@ def quant_linear(
             variant = choice.config["beyond"]
     if 0 not in (T, plan.elements):
         x = x if x.stride(1) == 1 else x.contiguous()
+        bias = bias if bias is None else bias.contiguous()
         if variant == "vector" and _words_fit(codes, plan):
             return _vector(x, packed, bias, plan)
         if variant == "dot" and _runs_fit(x, plan):
