@@ -32,15 +32,6 @@ def dense_gradient(dy, x):
     return dy.double().reshape(-1, dy.shape[-1]).T @ x.double().reshape(-1, x.shape[-1])
 
 
-def rounded(exact, dtype, backend):
-    """What ``backend`` makes of float32 sums in ``dtype``: they are rounded to nearest."""
-    if backend == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16:
-        # Triton's interpreter cuts the bits off; a GPU does not.
-        bits = exact.float().view(torch.int32) & -(1 << 16)
-        return bits.view(torch.float32).to(dtype)
-    return exact.to(dtype)
-
-
 class Allocations(TorchDispatchMode):
     """Inside the ``with`` block: the sizes, in elements, of every tensor that an operation makes.
 
