@@ -191,15 +191,16 @@ SWK_API int swk_cpu_block_quantize(const void* w, int dtype, int64_t D, int64_t 
                                    int scale_dtype, int32_t* zero_points, uint8_t* codes,
                                    int given, int threads, int isa);
 
-// out [D, H] = the values of a packed matrix, rounded once to `dtype`; exact where kept.
+// out = the values of a packed matrix, rounded once to `dtype`; exact where kept. Of the flattened
+// matrix the elements [begin, end).
 // Errors: SWK_BAD_SIZE, SWK_BAD_DTYPE, SWK_BAD_INDEX, SWK_BAD_ISA.
 SWK_API int swk_cpu_block_dequantize(const uint8_t* codes, int64_t D, int64_t H,
                                      int64_t block_rows, int64_t block_columns, int code,
                                      int symmetric, const void* scales, int scale_dtype,
                                      const void* zero_points, int zero_bytes,
                                      const int32_t* positions, const void* values,
-                                     int value_dtype, int64_t k, void* out, int dtype,
-                                     int threads, int isa);
+                                     int value_dtype, int64_t k, int64_t begin, int64_t end,
+                                     void* out, int dtype, int threads, int isa);
 
 // y [T, D] = x W^T + bias of a packed W [D, H]; sums in float32, rounded once.
 //   x     [T, H] of `dtype`, its rows `x_stride` elements apart

@@ -9,6 +9,7 @@
 #include "dtypes.h"
 #include "isa.h"
 #include "packed.h"
+#include "pages.h"
 #include "peaks.h"
 
 namespace swk {
@@ -18,6 +19,7 @@ struct Unpacking {
   Layout layout;
   Scales scales;
   Outliers outliers;
+  int64_t begin;  // the element that is written to out[0]
   void* out;
   bool past_cache;
 };
@@ -32,7 +34,8 @@ int swk_cpu_block_dequantize(const uint8_t* codes, int64_t D, int64_t H, int64_t
                              int64_t block_columns, int code, int symmetric, const void* scales,
                              int scale_dtype, const void* zero_points, int zero_bytes,
                              const int32_t* positions, const void* values, int value_dtype,
-                             int64_t k, void* out, int dtype, int threads, int isa) {
+                             int64_t k, int64_t begin, int64_t end, void* out, int dtype,
+                             int threads, int isa) {
   using namespace swk;
   const Layout layout(D, H, block_rows, block_columns, code, symmetric);
   if (!layout.valid()) return SWK_BAD_SIZE;
@@ -44,12 +47,14 @@ int swk_cpu_block_dequantize(const uint8_t* codes, int64_t D, int64_t H, int64_t
   if (!given.valid()) return SWK_BAD_DTYPE;
   const Outliers outliers{positions, values, value_dtype, k};
   if (!outliers.valid(layout.elements())) return SWK_BAD_INDEX;
-  if (layout.elements() == 0) return SWK_OK;
+  if (begin < 0 || end < begin || end > layout.elements()) return SWK_BAD_INDEX;
+  if (begin == end) return SWK_OK;
   if (!codes || !scales || !out || (k > 0 && !values)) return SWK_BAD_SIZE;
   constexpr int64_t kTask = 64 << 10;      // elements: even, and a multiple of a cache line
   constexpr int64_t kCaches = 16LL << 20;  // bytes that are worth the way past the caches
-  const int64_t bytes = layout.elements() * (dtype == SWK_FLOAT32 ? 4 : 2);
-  const Unpacking job{codes, layout, given, outliers, out, bytes > kCaches};
+  const int64_t bytes = (end - begin) * (dtype == SWK_FLOAT32 ? 4 : 2);
+  expect_writes(out, bytes);
+  const Unpacking job{codes, layout, given, outliers, begin, out, bytes > kCaches};
 #define SWK_KERNEL unpack<Float32>
   auto run = SWK_FOR_ISA(resolved, SWK_KERNEL);
 #undef SWK_KERNEL
@@ -59,8 +64,8 @@ int swk_cpu_block_dequantize(const uint8_t* codes, int64_t D, int64_t H, int64_t
 #define SWK_KERNEL unpack<Float16>
   if (dtype == SWK_FLOAT16) run = SWK_FOR_ISA(resolved, SWK_KERNEL);
 #undef SWK_KERNEL
-  run_tasks((layout.elements() + kTask - 1) / kTask, threads, [&](int64_t task) {
-    run(job, task * kTask, std::min(layout.elements(), (task + 1) * kTask));
+  run_tasks((end - begin + kTask - 1) / kTask, threads, [&](int64_t task) {
+    run(job, begin + task * kTask, std::min(end, begin + (task + 1) * kTask));
   });
   return SWK_OK;
 }
@@ -71,10 +76,9 @@ int swk_cpu_block_dequantize(const uint8_t* codes, int64_t D, int64_t H, int64_t
 template <class Type>
 SWK_FN void unpack(const Unpacking& job, int64_t begin, int64_t end) {
   constexpr int64_t kChunk = 1024;
-  auto* const out = static_cast<typename Type::Bits*>(job.out);
+  auto* const out = static_cast<typename Type::Bits*>(job.out) - job.begin;
   if constexpr (sizeof(typename Type::Bits) == 4) {
-    decode(job.codes, job.layout, job.scales, begin, end, static_cast<float*>(job.out) + begin,
-           job.past_cache);
+    decode(job.codes, job.layout, job.scales, begin, end, static_cast<float*>(job.out) + (begin - job.begin), job.past_cache);
 #ifdef SWK_ZMM
     if (job.past_cache) _mm_sfence();  // outliers are written after what is on its way
 #endif

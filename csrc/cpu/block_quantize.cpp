@@ -20,12 +20,14 @@
 #include "dtypes.h"
 #include "isa.h"
 #include "packed.h"
+#include "pages.h"
 #include "peaks.h"
 
 namespace swk {
 
 constexpr float kTiny = 1.17549435e-38f;   // 2^-126; the reciprocal of less may overflow
 constexpr float kSmallest = 1.40129846e-45f;  // 2^-149
+constexpr float kSmallestHalf = 5.96046448e-8f;  // 2^-24, of float16
 constexpr int64_t kPiece = 32 << 10;       // elements of a task; even
 constexpr int64_t kSpan = 1024;            // elements that are brought to float32 at once; even
 constexpr float kFp4Order[16] = {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3};
@@ -106,20 +108,6 @@ struct Step {
   int32_t zero;
 };
 
-inline Step step_of(Range range, const Layout& layout, int zero_bits) {
-  const float magnitude = magnitude_of(range);
-  const float steps = static_cast<float>(layout.steps());
-  if (layout.symmetric) {
-    const float scale = magnitude / steps;
-    return {magnitude > 0.0f ? std::max(scale, kSmallest) : magnitude, 0};
-  }
-  const float span = range.high - range.low;
-  const float least = magnitude * std::ldexp(1.0f, -zero_bits);
-  const float scale = span > 0.0f ? std::max(std::max(span / steps, least), kSmallest) : magnitude;
-  const float zero = std::nearbyint(divided(range.low, scale));
-  return {scale, std::isfinite(zero) ? -static_cast<int32_t>(zero) : 0};
-}
-
 inline Range zscored(Range range, const Seen& seen, int exponent, double z, bool is_signed) {
   const double total = static_cast<double>(seen.total), squares = static_cast<double>(seen.squares);
   const double n = static_cast<double>(seen.count);
@@ -139,11 +127,14 @@ inline int64_t rank_of(const Quantizing& job, int64_t count) {
   double above = job.clip_value;
   if (job.clip == SWK_CLIP_PERCENTILE) {
     above = static_cast<double>(count) -
-            std::ceil(static_cast<double>(count) * (job.clip_value / 100.0));
+            std::ceil(static_cast<double>(count) * job.clip_value / 100.0);
   }
   return std::max<int64_t>(
       0, static_cast<int64_t>(std::min(above, static_cast<double>(count - 1))));
 }
+
+// The scale of a range as it is stored, and its zero point.
+Step step_of(Range range, const Quantizing& job);
 
 }  // namespace swk
 
@@ -152,9 +143,33 @@ inline int64_t rank_of(const Quantizing& job, int64_t count) {
 #include "each_isa.h"
 
 namespace swk {
+
+// The scale as it is stored. No block but one of zeros has scale 0.
+static float stored(float scale, float magnitude, int scale_dtype) {
+  if (magnitude == 0.0f) return 0.0f;
+  if (scale_dtype == SWK_FLOAT16) {  // in this order of arguments a NaN stays
+    scale = scalar::to_float<Float16>(scalar::from_float<Float16>(std::max(scale, kSmallestHalf)));
+  }
+  return std::max(scale, kSmallest);
+}
+
+Step step_of(Range range, const Quantizing& job) {
+  const Layout& layout = job.layout;
+  const float magnitude = magnitude_of(range);
+  const float steps = static_cast<float>(layout.steps());
+  if (layout.symmetric) return {stored(magnitude / steps, magnitude, job.scale_dtype), 0};
+  const float span = range.high - range.low;
+  const float least = magnitude * std::ldexp(1.0f, -job.zero_bits);
+  const float scale =
+      stored(span > 0.0f ? std::max(span / steps, least) : magnitude, magnitude, job.scale_dtype);
+  const float zero = std::nearbyint(divided(range.low, scale));
+  return {scale, std::isfinite(zero) ? -static_cast<int32_t>(zero) : 0};
+}
+
 namespace {
 
 struct Kernels {
+  int64_t (*quantize_runs)(const Quantizing&, int64_t, int64_t);
   void (*extremes)(const Quantizing&, const Piece&, Seen&);
   void (*sums)(const Quantizing&, const Piece&, int, Seen&);
   void (*errors)(const Quantizing&, const Piece&, const Step*, int, int64_t*);
@@ -167,7 +182,7 @@ template <class Type>
 Kernels kernels_of(int isa) {
 #define SWK_KERNEL(name) name<Type>
 #define SWK_PICK(name) SWK_FOR_ISA(isa, SWK_KERNEL(name))
-  return {SWK_PICK(find_extremes), SWK_PICK(find_sums), SWK_PICK(find_errors),
+  return {SWK_PICK(quantize_runs), SWK_PICK(find_extremes), SWK_PICK(find_sums), SWK_PICK(find_errors),
           SWK_PICK(find_magnitudes), SWK_PICK(encode_range), SWK_FOR_ISA(isa, store_scale)};
 #undef SWK_PICK
 #undef SWK_KERNEL
@@ -202,8 +217,7 @@ Range find_range(const Quantizing& job, const Kernels& run, const std::vector<Pi
     const auto count = static_cast<size_t>(job.factor_count);
     std::vector<Step> steps(count);
     for (size_t f = 0; f < count; ++f) {
-      steps[f] = step_of({range.low * job.factors[f], range.high * job.factors[f]}, job.layout,
-                         job.zero_bits);
+      steps[f] = step_of({range.low * job.factors[f], range.high * job.factors[f]}, job);
     }
     std::vector<int64_t> errors(count * pieces.size());
     each(pieces.size(), [&](size_t i) {
@@ -214,7 +228,7 @@ Range find_range(const Quantizing& job, const Kernels& run, const std::vector<Pi
     for (size_t f = 0; f < count; ++f) {
       int64_t sum = 0;
       for (size_t i = 0; i < pieces.size(); ++i) sum += errors[i * count + f];
-      sums[f] = static_cast<double>(sum);
+      sums[f] = std::isfinite(steps[f].scale) ? static_cast<double>(sum) : HUGE_VAL;
       if (sums[f] < sums[best]) best = f;
     }
     return {range.low * job.factors[best], range.high * job.factors[best]};
@@ -229,7 +243,7 @@ Range find_range(const Quantizing& job, const Kernels& run, const std::vector<Pi
 }
 
 void finish(const Quantizing& job, const Kernels& run, int64_t block, Range range) {
-  const Step step = step_of(range, job.layout, job.zero_bits);
+  const Step step = step_of(range, job);
   run.store_scale(job, block, step.scale);
   if (job.zero_points) job.zero_points[block] = step.zero;
 }
@@ -244,23 +258,25 @@ void quantize(const Quantizing& job, bool given, int threads, int isa) {
   bool encoded = false;
   if (!given && size <= kPiece) {
     // Runs that end on whole bytes are encoded while they are in the cache.
-    const int64_t group = std::max<int64_t>(2, kPiece / size / 2 * 2);
-    encoded = job.codes && layout.r == 0;
+    const int64_t group = std::max<int64_t>(1, kPiece / size);
+    encoded = job.codes && layout.r == 0 && size % 2 == 0;
     std::atomic<bool> failed{false};
     run_tasks((blocks + group - 1) / group, threads, [&](int64_t task) {
-      const int64_t first = task * group, last = std::min(blocks, first + group);
+      const int64_t last = std::min(blocks, (task + 1) * group);
       try {
         std::vector<Piece> piece(1);
-        for (int64_t block = first; block < last; ++block) {
+        for (int64_t block = task * group; block < last; ++block) {
+          if (encoded) block = run.quantize_runs(job, block, last);
+          if (block == last) break;
           piece[0] = {block, 0, extent(layout, block)};
           finish(job, run, block, find_range(job, run, piece, [](size_t, const auto& work) {
                    work(size_t{0});
                  }));
+          if (encoded) run.encode(job, block * size, std::min(elements, (block + 1) * size));
         }
       } catch (const std::bad_alloc&) {
         failed = true;
       }
-      if (encoded) run.encode(job, first * size, std::min(elements, last * size));
     });
     if (failed) throw std::bad_alloc();
   } else if (!given) {
@@ -303,6 +319,7 @@ int swk_cpu_block_quantize(const void* w, int dtype, int64_t D, int64_t H, int64
   if (!outliers.valid(layout.elements())) return SWK_BAD_INDEX;
   if (layout.elements() == 0) return SWK_OK;
   if (!w || !scales || (!layout.symmetric && !zero_points)) return SWK_BAD_SIZE;
+  if (codes) expect_writes(codes, layout.bytes() ? layout.elements() : layout.elements() / 2);
   const Quantizing job{w,       layout,       zero_bits, clip,   clip_value,
                        factors, factor_count, outliers,  scales, scale_dtype,
                        layout.symmetric ? nullptr : zero_points, codes};
@@ -476,6 +493,12 @@ SWK_FN SWK_INLINE uint8_t code_for(float ratio, const float* middles, float shif
 }
 
 #ifdef SWK_ZMM
+// 64 codes of 4 bits, one a byte, to 32 bytes.
+SWK_FN SWK_INLINE void pack_64(__m512i codes, uint8_t* out) {
+  const __m512i pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x0110));  // 16 and 1
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi16_epi8(pairs));
+}
+
 // Codes of NF4 for 16 ratios: sixteenths of [-1, 1] hold one middle each at most, so the sixteenth
 // tells the code but for one comparison.
 SWK_FN SWK_INLINE __m512i nf4_codes(__m512 ratio, __m512 middle0, __m512 middle1, __m512i base0,
@@ -620,9 +643,11 @@ SWK_FN void store_scale(const Quantizing& job, int64_t block, float scale) {
 // Two codes a byte, the first in the high half; an odd last one alone.
 SWK_FN SWK_INLINE void pack(const uint8_t* SWK_RESTRICT codes, int64_t n,
                             uint8_t* SWK_RESTRICT out) {
-  for (int64_t i = 0; i < n / 2; ++i) {
-    out[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
-  }
+  int64_t i = 0;
+#ifdef SWK_ZMM
+  for (; i + 32 <= n / 2; i += 32) pack_64(_mm512_loadu_si512(codes + 2 * i), out + i);
+#endif
+  for (; i < n / 2; ++i) out[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
   if (n % 2) out[n / 2] = static_cast<uint8_t>(codes[n - 1] << 4);
 }
 
@@ -665,6 +690,119 @@ SWK_FN void encode_range(const Quantizing& job, int64_t begin, int64_t end) {
       pack(codes, stop - p, job.codes + p / 2);
     }
   }
+}
+
+#ifdef SWK_ZMM
+template <class Type>
+SWK_FN SWK_INLINE __m512 load_16(const void* w, int64_t p) {
+  const auto* const at = static_cast<const typename Type::Bits*>(w) + p;
+  if constexpr (sizeof(typename Type::Bits) == 4) {
+    return _mm512_loadu_ps(at);
+  } else {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    if constexpr (Type::kInfinity == Float16::kInfinity) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+}
+
+// The codes of 16 values as code_for() has them, in the lowest byte of each lane.
+template <int kCode, bool kSymmetric>
+SWK_FN SWK_INLINE __m512i codes_16(__m512 ratio, const Nf4Cells& cells, __m512 shift) {
+  if constexpr (kCode == SWK_NF4) {
+    return nf4_codes(ratio, cells.middle0, cells.middle1, cells.base0, cells.base1);
+  }
+  constexpr float kMost = kCode == SWK_INT8 ? 127.0f : 7.0f;
+  const float bound = kSymmetric ? kMost : 2097152.0f;
+  ratio = _mm512_min_ps(_mm512_max_ps(ratio, _mm512_set1_ps(-bound)), _mm512_set1_ps(bound));
+  const __m512 magic = _mm512_set1_ps(12582912.0f);
+  const __m512 rounded = _mm512_add_ps(ratio, magic);
+  if constexpr (kSymmetric) {  // the lowest bits of the sum are the integer
+    const __m512i bits = _mm512_castps_si512(rounded);
+    if constexpr (kCode == SWK_INT8) return bits;
+    return _mm512_and_si512(_mm512_add_epi32(bits, _mm512_set1_epi32(8)), _mm512_set1_epi32(15));
+  }
+  const __m512 code = _mm512_add_ps(_mm512_sub_ps(rounded, magic), shift);
+  const __m512 most = _mm512_set1_ps(kCode == SWK_INT8 ? 255.0f : 15.0f);
+  return _mm512_cvttps_epi32(_mm512_min_ps(_mm512_max_ps(code, _mm512_setzero_ps()), most));
+}
+
+template <class Type, int kCode, bool kSymmetric>
+SWK_FN int64_t quantize_runs_as(const Quantizing& job, int64_t block, int64_t last) {
+  const Layout& layout = job.layout;
+  const int64_t n = layout.c;
+  float middles[15] = {};
+  middles_of(layout, middles);
+  const Nf4Cells cells(middles);
+  const __m512i magnitude_bits = _mm512_set1_epi32(0x7FFFFFFF);
+  const Outliers& outliers = job.outliers;
+  int64_t outlier = outliers.count ? outliers.from(block * n) : 0;
+  for (; block < last; ++block) {
+    const int64_t begin = block * n;
+    if (begin + n > layout.elements()) return block;
+    if (outlier < outliers.count && outliers.positions[outlier] < begin + n) return block;
+    __m512i magnitude[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    __m512 low = _mm512_set1_ps(HUGE_VALF), high = _mm512_set1_ps(-HUGE_VALF);
+    for (int64_t i = 0; i < n; i += 64) {
+      for (int j = 0; j < 4; ++j) {
+        const __m512 values = load_16<Type>(job.w, begin + i + 16 * j);
+        const __m512i bits = _mm512_and_si512(_mm512_castps_si512(values), magnitude_bits);
+        magnitude[j % 2] = _mm512_max_epi32(magnitude[j % 2], bits);
+        if constexpr (!kSymmetric) {
+          low = _mm512_min_ps(low, values);
+          high = _mm512_max_ps(high, values);
+        }
+      }
+    }
+    const auto most = static_cast<uint32_t>(
+        _mm512_reduce_max_epi32(_mm512_max_epi32(magnitude[0], magnitude[1])));
+    if (most >= kInfinityBits) return block;
+    Range range{-float_of(most), float_of(most)};
+    if constexpr (!kSymmetric) range = {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high)};
+    const Step step = step_of(range, job);
+    if (step.scale < kTiny) return block;
+    store_scale(job, block, step.scale);
+    if (job.zero_points) job.zero_points[block] = step.zero;
+    const __m512 reciprocal = _mm512_set1_ps(1.0f / step.scale);
+    const __m512 shift = _mm512_set1_ps(static_cast<float>(step.zero));
+    for (int64_t i = 0; i < n; i += 64) {
+      alignas(64) uint8_t codes[64];
+      for (int j = 0; j < 4; ++j) {
+        const __m512 ratio =
+            _mm512_mul_ps(load_16<Type>(job.w, begin + i + 16 * j), reciprocal);
+        _mm_store_si128(reinterpret_cast<__m128i*>(codes + 16 * j),
+                        _mm512_cvtepi32_epi8(codes_16<kCode, kSymmetric>(ratio, cells, shift)));
+      }
+      if constexpr (kCode == SWK_INT8) {
+        std::memcpy(job.codes + begin + i, codes, 64);
+      } else {
+        pack_64(_mm512_load_si512(codes), job.codes + (begin + i) / 2);
+      }
+    }
+  }
+  return block;
+}
+#endif
+
+// Quantizes blocks from `block` on, runs of a multiple of 64 elements without a clip, in one pass,
+// and returns the first that it leaves: one with outliers, the short last one, one of values that
+// are too small or not finite.
+template <class Type>
+SWK_FN int64_t quantize_runs(const Quantizing& job, int64_t block, int64_t last) {
+#ifdef SWK_ZMM
+  const Layout& layout = job.layout;
+  if (job.clip != SWK_CLIP_NONE || layout.c % 64 || layout.code == SWK_FP4) return block;
+  if (layout.code == SWK_NF4) return quantize_runs_as<Type, SWK_NF4, true>(job, block, last);
+  if (layout.code == SWK_INT8) {
+    return layout.symmetric ? quantize_runs_as<Type, SWK_INT8, true>(job, block, last)
+                            : quantize_runs_as<Type, SWK_INT8, false>(job, block, last);
+  }
+  return layout.symmetric ? quantize_runs_as<Type, SWK_INT4, true>(job, block, last)
+                          : quantize_runs_as<Type, SWK_INT4, false>(job, block, last);
+#else
+  (void)job;
+  (void)last;
+  return block;
+#endif
 }
 
 #endif

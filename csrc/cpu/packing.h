@@ -47,24 +47,25 @@ SWK_FN SWK_INLINE void store_16(float* out, __m512 values, bool past_cache) {
 }
 #endif
 
-// The elements [p, p + n) of one block in float32. `past_cache`: out is written past the caches;
-// element p must then lie on a boundary of 64 bytes.
-SWK_FN SWK_INLINE void decode_run(const uint8_t* codes, const Layout& layout, int64_t p, int64_t n,
-                                  int32_t zero, float scale, float* SWK_RESTRICT out,
-                                  bool past_cache) {
+// The elements [p, p + n) of one block in float32; `base` [16] is what codes of 4 bits stand for.
+// `past_cache`: out is written past the caches; it must then lie on a boundary of 64 bytes.
+SWK_FN SWK_INLINE void decode_run(const uint8_t* codes, const Layout& layout, const float* base,
+                                  int64_t p, int64_t n, int32_t zero, float scale,
+                                  float* SWK_RESTRICT out, bool past_cache) {
   const float shift = static_cast<float>(zero);
   if (layout.bytes()) {
     (void)past_cache;
     const uint8_t* const SWK_RESTRICT at = codes + p;
     if (layout.symmetric) {
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(static_cast<int8_t>(at[i])) * scale;
+      const auto* const SWK_RESTRICT integers = reinterpret_cast<const int8_t*>(at);
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(integers[i]) * scale;
     } else {
       for (int64_t i = 0; i < n; ++i) out[i] = (static_cast<float>(at[i]) - shift) * scale;
     }
     return;
   }
   float values[16];
-  for (int i = 0; i < 16; ++i) values[i] = (layout.value4(i) - shift) * scale;
+  for (int i = 0; i < 16; ++i) values[i] = (base[i] - shift) * scale;
   int64_t i = 0;
   if (p % 2 && n > 0) out[i++] = values[codes[p / 2] & 15];
   const uint8_t* SWK_RESTRICT at = codes + (p + i) / 2;
@@ -90,12 +91,18 @@ SWK_FN SWK_INLINE void decode_run(const uint8_t* codes, const Layout& layout, in
 // The elements [begin, end), whatever their blocks, in float32.
 SWK_FN SWK_INLINE void decode(const uint8_t* codes, const Layout& layout, const Scales& scales,
                               int64_t begin, int64_t end, float* out, bool past_cache) {
+  float base[16];
+  for (int i = 0; i < 16; ++i) base[i] = layout.value4(i);
+  int64_t block = begin < end ? layout.block_of(begin) : 0;
   for (int64_t p = begin; p < end;) {
-    const int64_t stop = std::min(end, layout.run_end(p)), block = layout.block_of(p);
+    const int64_t run_end = layout.r == 0 ? std::min(layout.elements(), (block + 1) * layout.c)
+                                          : layout.run_end(p);
+    const int64_t stop = std::min(end, run_end);
     float* const to = out + (p - begin);
     const bool aligned = past_cache && reinterpret_cast<uintptr_t>(to) % 64 == 0;
-    decode_run(codes, layout, p, stop - p, scales.zero_point(block), scale_of(scales, block), to,
-               aligned);
+    decode_run(codes, layout, base, p, stop - p, scales.zero_point(block),
+               scale_of(scales, block), to, aligned);
     p = stop;
+    if (p < end) block = layout.r == 0 ? block + 1 : layout.block_of(p);
   }
 }

@@ -50,12 +50,6 @@ struct Product {
   }
 };
 
-// A number of tokens that the compiler knows.
-template <int kCount>
-struct Count {
-  static constexpr int value = kCount;
-};
-
 // Tokens [first, first + count) in float32, in the order that the kernel wants.
 struct Tokens {
   int64_t first, count;
@@ -236,122 +230,186 @@ SWK_FN SWK_INLINE float dot(const float* SWK_RESTRICT a, const float* SWK_RESTRI
 }
 
 #ifdef SWK_ZMM
-// The scale and the zero point of every lane of a row [chunks * kLanes], 0 beyond its end.
+// The scale and the zero point of every lane of a row [chunks * kLanes].
 SWK_FN void lane_scales(const Product& job, int64_t row, float* scales, float* zeros) {
   const Layout& layout = job.layout;
   const int64_t lanes = layout.H / kLaneElements, begin = row * layout.H;
-  for (int64_t lane = 0; lane < lanes;) {
-    const int64_t p = begin + lane * kLaneElements, block = layout.block_of(p);
-    const int64_t stop = std::min(lanes, (layout.run_end(p) - begin) / kLaneElements);
-    const float scale = scale_of(job.scales, block);
-    const auto zero = static_cast<float>(job.scales.zero_point(block));
-    if (stop - lane == 8) {  // blocks of 64
-      _mm256_storeu_ps(scales + lane, _mm256_set1_ps(scale));
-      if (zeros) _mm256_storeu_ps(zeros + lane, _mm256_set1_ps(zero));
-    } else {
-      std::fill(scales + lane, scales + stop, scale);
-      if (zeros) std::fill(zeros + lane, zeros + stop, zero);
+  int64_t block = layout.block_of(begin);
+  int64_t stop = (layout.run_end(begin) - begin) / kLaneElements;
+  for (int64_t lane = 0; lane < lanes; ++block) {
+    const int64_t end = std::min(lanes, stop);
+    const __m512 scale = _mm512_set1_ps(scale_of(job.scales, block));
+    const __m512 zero = _mm512_set1_ps(static_cast<float>(job.scales.zero_point(block)));
+    for (; lane < end; lane += kLanes) {
+      const auto left = static_cast<unsigned>(std::min<int64_t>(kLanes, end - lane));
+      const auto mask = static_cast<__mmask16>(0xFFFFu >> (kLanes - left));
+      _mm512_mask_storeu_ps(scales + lane, mask, scale);
+      if (zeros) _mm512_mask_storeu_ps(zeros + lane, mask, zero);
     }
-    lane = stop;
+    lane = end;
+    stop = end + layout.c / kLaneElements;
   }
 }
 
-// kRows rows of codes with kTokens tokens. sums[r][t], lanes added up.
-template <int kRowsAtOnce, int kTokens>
-SWK_FN SWK_INLINE void multiply_lanes(const Product& job, const Tokens& tokens, int64_t t0,
-                                      int64_t row, const float* scales, const float* zeros,
-                                      __m512 table, float* sums) {
-  const int64_t H = job.layout.H, chunks = job.chunks(), width = chunks * kChunk;
-  const auto tail = static_cast<int>((H - (chunks - 1) * kChunk) / kLaneElements);
-  const uint8_t* const codes = job.codes + row * H / 2;
-  const float* const x = tokens.values + t0 * width;
-  __m512 total[kRowsAtOnce][kTokens];
-  for (int r = 0; r < kRowsAtOnce; ++r) {
-    for (int t = 0; t < kTokens; ++t) total[r][t] = _mm512_setzero_ps();
+// Rows of a matrix product on lanes: the codes of `rows` rows from `row` on, scales and zero points
+// of each row [chunks * kLanes] one after the other.
+struct Lanes {
+  const uint8_t* codes;
+  int64_t row_bytes, chunks;
+  const float* scales;
+  const float* zeros;  // or null
+  __mmask16 last;      // the lanes of the last chunk
+
+  SWK_FN Lanes(const Product& job, int64_t row, const float* scales_, const float* zeros_)
+      : codes(job.codes + row * job.layout.H / 2),
+        row_bytes(job.layout.H / 2),
+        chunks(job.chunks()),
+        scales(scales_),
+        zeros(zeros_),
+        last(static_cast<__mmask16>(
+            0xFFFFu >> (kLanes - (job.layout.H - (chunks - 1) * kChunk) / kLaneElements))) {}
+
+  SWK_FN SWK_INLINE __m512i load(int r, int64_t c) const {
+    const __mmask16 mask = c + 1 < chunks ? __mmask16{0xFFFF} : last;
+    return _mm512_maskz_loadu_epi32(mask, codes + r * row_bytes + c * kChunk / 2);
   }
-  for (int64_t c = 0; c < chunks; ++c) {
-    const __mmask16 mask =
-        c + 1 < chunks ? __mmask16{0xFFFF} : static_cast<__mmask16>(0xFFFFu >> (kLanes - tail));
-    __m512i packed[kRowsAtOnce];
-    __m512 part[kRowsAtOnce][kTokens];
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      packed[r] = _mm512_maskz_loadu_epi32(mask, codes + r * H / 2 + c * kChunk / 2);
-      for (int t = 0; t < kTokens; ++t) part[r][t] = _mm512_setzero_ps();
+  // total += (part - zero * sum of the lane's tokens) * scale
+  SWK_FN SWK_INLINE __m512 add(__m512 total, __m512 part, int r, int64_t c, const float* sums) const {
+    const int64_t at = (r * chunks + c) * kLanes;
+    if (zeros) part = _mm512_fnmadd_ps(_mm512_loadu_ps(zeros + at), _mm512_loadu_ps(sums), part);
+    return _mm512_fmadd_ps(part, _mm512_loadu_ps(scales + at), total);
+  }
+};
+
+// kRows rows and one token: an element of all rows at once. sums[r * stride].
+template <int kRows>
+SWK_FN SWK_INLINE void multiply_token(const Lanes& lanes, const Tokens& tokens, int64_t t,
+                                      __m512 table, float* sums, int64_t stride) {
+  const float* const x = tokens.values + t * lanes.chunks * kChunk;
+  const float* const lane_sums = tokens.sums + t * lanes.chunks * kLanes;
+  __m512 total[kRows];
+  for (int r = 0; r < kRows; ++r) total[r] = _mm512_setzero_ps();
+  for (int64_t c = 0; c < lanes.chunks; ++c) {
+    __m512i packed[kRows];
+    __m512 part[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      packed[r] = lanes.load(r, c);
+      part[r] = _mm512_setzero_ps();
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kLaneElements; ++i) {
-      __m512 values[kTokens];
-      for (int t = 0; t < kTokens; ++t) {
-        values[t] = _mm512_loadu_ps(x + t * width + c * kChunk + i * kLanes);
-      }
-      for (int r = 0; r < kRowsAtOnce; ++r) {
+      const __m512 values = _mm512_loadu_ps(x + c * kChunk + i * kLanes);
+      for (int r = 0; r < kRows; ++r) {
         const __m512i index = _mm512_srli_epi32(packed[r], static_cast<unsigned>(4 * i));
-        const __m512 weight = _mm512_permutexvar_ps(index, table);
-        for (int t = 0; t < kTokens; ++t) {
-          part[r][t] = _mm512_fmadd_ps(weight, values[t], part[r][t]);
-        }
+        part[r] = _mm512_fmadd_ps(_mm512_permutexvar_ps(index, table), values, part[r]);
       }
     }
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      const __m512 scale = _mm512_loadu_ps(scales + (r * chunks + c) * kLanes);
-      if (zeros) {
-        const __m512 zero = _mm512_loadu_ps(zeros + (r * chunks + c) * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      total[r] = lanes.add(total[r], part[r], r, c, lane_sums + c * kLanes);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) sums[r * stride] = _mm512_reduce_add_ps(total[r]);
+}
+
+// kRows rows and kTokens tokens, a chunk of one row after the other, so that the tokens' chunk is
+// read from the nearest cache. sums[r * stride + t].
+template <int kRows, int kTokens>
+SWK_FN SWK_INLINE void multiply_tokens(const Lanes& lanes, const Tokens& tokens, int64_t t0,
+                                       __m512 table, float* sums, int64_t stride) {
+  const int64_t width = lanes.chunks * kChunk;
+  const float* const x = tokens.values + t0 * width;
+  const float* const lane_sums = tokens.sums + t0 * lanes.chunks * kLanes;
+  __m512 total[kRows][kTokens];
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kTokens; ++t) total[r][t] = _mm512_setzero_ps();
+  }
+  for (int64_t c = 0; c < lanes.chunks; ++c) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i packed = lanes.load(r, c);
+      __m512 part[kTokens];
+      for (int t = 0; t < kTokens; ++t) part[t] = _mm512_setzero_ps();
+#pragma GCC unroll 8
+      for (int i = 0; i < kLaneElements; ++i) {
+        const __m512i index = _mm512_srli_epi32(packed, static_cast<unsigned>(4 * i));
+        const __m512 weights = _mm512_permutexvar_ps(index, table);
         for (int t = 0; t < kTokens; ++t) {
-          const __m512 lane = _mm512_loadu_ps(tokens.sums + ((t0 + t) * chunks + c) * kLanes);
-          part[r][t] = _mm512_fnmadd_ps(zero, lane, part[r][t]);
+          const __m512 values = _mm512_loadu_ps(x + t * width + c * kChunk + i * kLanes);
+          part[t] = _mm512_fmadd_ps(weights, values, part[t]);
         }
       }
       for (int t = 0; t < kTokens; ++t) {
-        total[r][t] = _mm512_fmadd_ps(part[r][t], scale, total[r][t]);
+        total[r][t] =
+            lanes.add(total[r][t], part[t], r, c, lane_sums + (t * lanes.chunks + c) * kLanes);
       }
     }
   }
-  for (int r = 0; r < kRowsAtOnce; ++r) {
-    for (int t = 0; t < kTokens; ++t) sums[r * kTokens + t] = _mm512_reduce_add_ps(total[r][t]);
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kTokens; ++t) sums[r * stride + t] = _mm512_reduce_add_ps(total[r][t]);
   }
 }
 
 #define SWK_FN_BF16                                                                     \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")))
 
-// One row with kTokens tokens in bfloat16: pairs of products at once, sums in float32.
-template <int kTokens>
-SWK_FN_BF16 void multiply_halves(const Product& job, const Tokens& tokens, int64_t t0, int64_t row,
-                                 const float* scales, const float* zeros, __m512i table,
-                                 float* sums) {
-  const int64_t H = job.layout.H, chunks = job.chunks(), width = chunks * kChunk;
-  const auto tail = static_cast<int>((H - (chunks - 1) * kChunk) / kLaneElements);
-  const uint8_t* const codes = job.codes + row * H / 2;
+// The same for tokens in bfloat16: pairs of products at once, their sums in float32.
+template <int kRows, int kTokens>
+SWK_FN_BF16 void multiply_halves(const Lanes& lanes, const Tokens& tokens, int64_t t0,
+                                 __m512i table, float* sums, int64_t stride) {
+  const int64_t width = lanes.chunks * kChunk;
   const uint16_t* const x = tokens.halves + t0 * width;
-  __m512 total[kTokens];
-  for (int t = 0; t < kTokens; ++t) total[t] = _mm512_setzero_ps();
-  for (int64_t c = 0; c < chunks; ++c) {
-    const __mmask16 mask =
-        c + 1 < chunks ? __mmask16{0xFFFF} : static_cast<__mmask16>(0xFFFFu >> (kLanes - tail));
-    const __m512i packed = _mm512_maskz_loadu_epi32(mask, codes + c * kChunk / 2);
-    const __m512 scale = _mm512_loadu_ps(scales + c * kLanes);
-    __m512i weights[4];
+  const float* const lane_sums = tokens.sums + t0 * lanes.chunks * kLanes;
+  __m512 total[kRows][kTokens];
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kTokens; ++t) total[r][t] = _mm512_setzero_ps();
+  }
+  for (int64_t c = 0; c < lanes.chunks; ++c) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      // The permutation reads 5 bits: the table stands there twice.
-      weights[i] = _mm512_permutexvar_epi16(
-          _mm512_srli_epi16(packed, static_cast<unsigned>(4 * i)), table);
-    }
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) {
-      __m512 part = _mm512_setzero_ps();
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i packed = lanes.load(r, c);
+      __m512 part[kTokens];
+      for (int t = 0; t < kTokens; ++t) part[t] = _mm512_setzero_ps();
+#pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const __m512i values = _mm512_loadu_si512(x + t * width + c * kChunk + i * 32);
-        part = _mm512_dpbf16_ps(part, (__m512bh)weights[i], (__m512bh)values);
+        // The permutation reads 5 bits: the table stands there twice.
+        const __m512i index = _mm512_srli_epi16(packed, static_cast<unsigned>(4 * i));
+        const __m512i weights = _mm512_permutexvar_epi16(index, table);
+        for (int t = 0; t < kTokens; ++t) {
+          const __m512i values = _mm512_loadu_si512(x + t * width + c * kChunk + i * 32);
+          part[t] = _mm512_dpbf16_ps(part[t], (__m512bh)weights, (__m512bh)values);
+        }
       }
-      if (zeros) {
-        const __m512 lane = _mm512_loadu_ps(tokens.sums + ((t0 + t) * chunks + c) * kLanes);
-        part = _mm512_fnmadd_ps(_mm512_loadu_ps(zeros + c * kLanes), lane, part);
+      for (int t = 0; t < kTokens; ++t) {
+        total[r][t] =
+            lanes.add(total[r][t], part[t], r, c, lane_sums + (t * lanes.chunks + c) * kLanes);
       }
-      total[t] = _mm512_fmadd_ps(part, scale, total[t]);
     }
   }
-  for (int t = 0; t < kTokens; ++t) sums[t] = _mm512_reduce_add_ps(total[t]);
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kTokens; ++t) sums[r * stride + t] = _mm512_reduce_add_ps(total[r][t]);
+  }
+}
+
+// All tokens of a group with kRows rows. sums [kRows, kMostTokens].
+template <int kRows>
+SWK_FN SWK_INLINE void multiply_group(const Lanes& lanes, const Tokens& tokens, __m512 table,
+                                      __m512i table16, float* sums) {
+  int64_t t = 0;
+  if (tokens.halves) {
+    for (; t + 4 <= tokens.count; t += 4) {
+      multiply_halves<kRows, 4>(lanes, tokens, t, table16, sums + t, kMostTokens);
+    }
+    for (; t < tokens.count; ++t) {
+      multiply_halves<kRows, 1>(lanes, tokens, t, table16, sums + t, kMostTokens);
+    }
+    return;
+  }
+  for (; t + 4 <= tokens.count; t += 4) {
+    multiply_tokens<kRows, 4>(lanes, tokens, t, table, sums + t, kMostTokens);
+  }
+  for (; t < tokens.count; ++t) {
+    multiply_token<kRows>(lanes, tokens, t, table, sums + t, kMostTokens);
+  }
 }
 
 SWK_FN void rows_in_lanes(const Product& job, const Tokens& tokens, int64_t begin, int64_t end) {
@@ -376,31 +434,13 @@ SWK_FN void rows_in_lanes(const Product& job, const Tokens& tokens, int64_t begi
       lane_scales(job, row + r, scales.data() + r * places, shift ? shift + r * places : nullptr);
     }
     float sums[kRowsAtOnce][kMostTokens];
-    const auto one_row = [&](int r, int64_t t, auto count) SWK_FN {
-      constexpr int kTokens = decltype(count)::value;
-      multiply_lanes<1, kTokens>(job, tokens, t, row + r, scales.data() + r * places,
-                                 shift ? shift + r * places : nullptr, table, sums[r] + t);
-    };
-    const auto half_row = [&](int r, int64_t t, auto count) SWK_FN {
-      constexpr int kTokens = decltype(count)::value;
-      multiply_halves<kTokens>(job, tokens, t, row + r, scales.data() + r * places,
-                               shift ? shift + r * places : nullptr, table16, sums[r] + t);
-    };
-    if (tokens.count == 1 && rows == kRowsAtOnce) {
-      float each[kRowsAtOnce];
-      multiply_lanes<kRowsAtOnce, 1>(job, tokens, 0, row, scales.data(), shift, table, each);
-      for (int r = 0; r < rows; ++r) sums[r][0] = each[r];
+    const Lanes lanes(job, row, scales.data(), shift);
+    if (rows == kRowsAtOnce) {
+      multiply_group<kRowsAtOnce>(lanes, tokens, table, table16, sums[0]);
     } else {
       for (int r = 0; r < rows; ++r) {
-        int64_t t = 0;
-        if (tokens.halves) {
-          for (; t + 16 <= tokens.count; t += 16) half_row(r, t, Count<16>());
-          for (; t + 4 <= tokens.count; t += 4) half_row(r, t, Count<4>());
-          for (; t < tokens.count; ++t) half_row(r, t, Count<1>());
-        }
-        for (; t + 8 <= tokens.count; t += 8) one_row(r, t, Count<8>());
-        for (; t + 4 <= tokens.count; t += 4) one_row(r, t, Count<4>());
-        for (; t < tokens.count; ++t) one_row(r, t, Count<1>());
+        const Lanes one(job, row + r, scales.data() + r * places, shift ? shift + r * places : shift);
+        multiply_group<1>(one, tokens, table, table16, sums[r]);
       }
     }
     for (int r = 0; r < rows; ++r) {

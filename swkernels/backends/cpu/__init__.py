@@ -55,7 +55,7 @@ _SIGNATURES = {
     ],
     "swk_cpu_block_dequantize": [
         _pointer, _int64, _int64, _int64, _int64, _int, _int, _pointer, _int, _pointer, _int,
-        _pointer, _pointer, _int, _int64, _pointer, _int, _int, _int,
+        _pointer, _pointer, _int, _int64, _int64, _int64, _pointer, _int, _int, _int,
     ],
     "swk_cpu_quant_linear": [
         _pointer, _int, _int64, _int64, _pointer, _int64, _int64, _int64, _int64, _int, _int,

@@ -29,9 +29,17 @@ def block_dequantize(
 ) -> torch.Tensor:
     """Return the matrix [D, H] in ``dtype``."""
     out = torch.empty(plan.rows, plan.columns, dtype=dtype)
-    packed = arguments(codes, scales, zero_points, positions, values, plan)
-    call("block_dequantize", *packed, out.data_ptr(), DTYPES[str(dtype)])
+    dequantize_rows(arguments(codes, scales, zero_points, positions, values, plan), 0, out)
     return out
+
+
+def dequantize_rows(packed: tuple, first: int, out: torch.Tensor) -> None:
+    """Write the rows of a packed matrix (see ``arguments``) from ``first`` on into ``out``."""
+    begin = first * out.shape[1]
+    call(
+        "block_dequantize", *packed, begin, begin + out.numel(), out.data_ptr(),
+        DTYPES[str(out.dtype)],
+    )  # fmt: skip
 
 
 def arguments(codes, scales, zero_points, positions, values, plan) -> tuple:

@@ -20,9 +20,10 @@ def block_scales(
     w: torch.Tensor, plan, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the scales float32 [blocks] and the zero points int32 [blocks] or None."""
-    scales, zero_points = _empty_scales(plan, torch.float32)
+    half = plan.scale_dtype == "float16"
+    scales, zero_points = _empty_scales(plan, torch.float16 if half else torch.float32)
     _call(w, plan, positions, scales, zero_points, None, given=False)
-    return scales, zero_points
+    return scales.float(), zero_points
 
 
 def block_encode(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
+from swkernels import tuning
 from swkernels.backends.native import DTYPES
 
-from . import address, call, refuse
-from .block_dequantize import arguments, block_dequantize
+from . import address, call, isa, refuse
+from .block_dequantize import arguments, dequantize_rows
 
 
 def supports(x: torch.Tensor, plan) -> str | None:
@@ -26,15 +27,32 @@ def quant_linear(
     plan,
 ) -> torch.Tensor:
     """Return x [T, H] times the transpose of the weight [D, H] in x's type, plus bias."""
-    if len(x) > 32:
-        weight = block_dequantize(codes, scales, zero_points, positions, values, plan, x.dtype)
-        return linear(x, weight, bias)
-    y = torch.empty(len(x), plan.rows, dtype=x.dtype)
     packed = arguments(codes, scales, zero_points, positions, values, plan)
+    dtype = str(x.dtype).removeprefix("torch.")
+    choice = tuning.lookup(
+        "quant_linear", "cpu", plan.rows, plan.columns, len(x), dtype, architecture=isa()
+    )
+    if choice.variant == "slabs":
+        return _in_slabs(x, packed, bias, plan, choice.config["slab_bytes"])
+    y = torch.empty(len(x), plan.rows, dtype=x.dtype)
     if bias is not None:
         bias = bias.contiguous()
     call(
         "quant_linear", x.data_ptr(), DTYPES[str(x.dtype)], x.stride(0), len(x), *packed,
         address(bias), y.data_ptr(),
     )  # fmt: skip
+    return y
+
+
+def _in_slabs(x, packed, bias, plan, slab_bytes) -> torch.Tensor:
+    """Dequantize as many rows as stay in a cache, and let the library multiply."""
+    D, H = plan.rows, plan.columns
+    rows = min(D, max(1, slab_bytes // max(1, H * x.itemsize)))
+    y = torch.empty(len(x), D, dtype=x.dtype)
+    slab = torch.empty(rows, H, dtype=x.dtype)
+    for first in range(0, D, rows):
+        last = min(D, first + rows)
+        weight = slab[: last - first]
+        dequantize_rows(packed, first, weight)
+        y[:, first:last] = linear(x, weight, None if bias is None else bias[first:last])
     return y
