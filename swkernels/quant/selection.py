@@ -146,6 +146,8 @@ def _check_untouched(root: nn.Module) -> None:
 
 def _is_quantizers(module: nn.Module) -> bool:
     """Whether a linear layer is another library's: it has features, but no weight of theirs."""
+    if type(module).__module__.startswith("bitsandbytes"):
+        return True  # also before its first move, which packs it
     shape = features(module)
     if shape is None or not isinstance(getattr(module, "in_features", None), int):
         return False

@@ -329,6 +329,28 @@ def test_models_that_are_refused(name):
     assert list(model.modules()) == before
 
 
+def test_layers_of_bitsandbytes_are_refused():
+    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    for kind in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt):
+        model = tiny_model("llama")
+        model.model.layers[1].mlp.down_proj = kind(80, 32, bias=False).to("cpu")
+        with pytest.raises(InvalidInput, match=f"{DOWN} is quantized already .{kind.__name__}"):
+            quantize(model, progress=False)
+
+
+def test_wrapped_weights_are_refused():
+    class Wrapped(torch.Tensor):  # as FSDP2's and torchao's are
+        def __tensor_flatten__(self):
+            return [], None
+
+    model = tiny_model("llama")
+    layer = model.get_submodule(DOWN)
+    wrapped = layer.weight.detach().as_subclass(Wrapped)
+    layer._parameters["weight"] = nn.Parameter(wrapped, requires_grad=False)
+    with pytest.raises(InvalidInput, match=rf"{DOWN} is packed or sharded .Wrapped"):
+        quantize(model, progress=False)
+
+
 ARGUMENTS = {
     "no such layer": ({}, {"model.layers.9.mlp.down_proj": [[0, 0]]}, "has no module .*nearest"),
     "no linear layer": ({}, {"model.norm": [[0, 0]]}, "expected a linear layer"),
