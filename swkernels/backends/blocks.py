@@ -68,7 +68,17 @@ def unit_exponent(magnitude: torch.Tensor) -> torch.Tensor:
 
 def in_units(values: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
     """Round values [blocks, n] times 2^exponent [blocks] to integers, in int64."""
-    return torch.ldexp(values.double(), exponent[:, None].double()).round().to(torch.int64)
+    return (values.double() * _power_of_two(exponent)[:, None]).round().to(torch.int64)
+
+
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """2^exponent in float64, exact on every device, which a power function need not be."""
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+
+
+def _over(values: torch.Tensor, divisor: float) -> torch.Tensor:
+    """values / divisor. By a plain number CUDA multiplies with its reciprocal instead."""
+    return values / torch.full_like(values, divisor)
 
 
 def clipped_range(
@@ -111,10 +121,10 @@ def zscore_range(low, high, total, squares, count, exponent, clip):
     mean = total / n.clamp(min=1)
     variance = (squares - total * total / n.clamp(min=1)) / (n - 1).clamp(min=1)
     reach = variance.clamp(min=0).sqrt() * clip.value
-    back = -exponent.double()
-    top = torch.ldexp(mean + reach, back).float()
+    unit = _power_of_two(-exponent)
+    top = ((mean + reach) * unit).float()
     if clip.by == "zscore_signed":
-        bottom = torch.ldexp(mean - reach, back).float()
+        bottom = ((mean - reach) * unit).float()
         return low.maximum(bottom).minimum(high), high.minimum(top).maximum(low)
     return low.maximum(-top), high.minimum(top)
 
@@ -129,7 +139,7 @@ def rank(count: torch.Tensor, clip) -> torch.Tensor:
     if clip.by == "count":
         above = torch.full_like(count, int(clip.value))
     else:  # nearest rank: the ceil(p / 100 * n)-th from below
-        above = count - (count.double() * clip.value / 100).ceil().to(torch.int64)
+        above = count - _over(count.double() * clip.value, 100).ceil().to(torch.int64)
     return above.minimum(count - 1).clamp(min=0)
 
 
@@ -159,12 +169,12 @@ def scales(low, high, code, scale_dtype) -> tuple[torch.Tensor, torch.Tensor | N
     """
     magnitude = low.abs().maximum(high.abs())
     if code.symmetric:
-        return _stored(magnitude / code.steps, magnitude, scale_dtype), None
+        return _stored(_over(magnitude, code.steps), magnitude, scale_dtype), None
     span = high - low
     # Far from zero the zero point would not fit its type: a power of two limits it, exactly.
     least = magnitude * 2.0 ** -ZERO_POINTS[scale_dtype][1]
     # A constant block is one step away from zero, and exact.
-    scale = torch.where(span > 0, (span / code.steps).maximum(least), magnitude)
+    scale = torch.where(span > 0, _over(span, code.steps).maximum(least), magnitude)
     scale = _stored(scale, magnitude, scale_dtype)
     return scale, -divide(low, scale).round().to(torch.int32)
 
