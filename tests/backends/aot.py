@@ -120,6 +120,8 @@ def builds_of(files: Iterable[Path]) -> list[Build]:
 def _builds_of(path: Path) -> Iterator[Build]:
     content = json.loads(path.read_text(encoding="utf-8"))
     device = content.get("device")
+    if device == "cpu":
+        return  # choices of the C++ kernels
     candidates = ARCHITECTURES if device is None else [_architecture(device, path)]
     for record in content["records"]:
         patterns = record.get("architectures") or ["*"]

@@ -238,6 +238,7 @@ def test_a_measured_file_counts_for_its_device(tmp_path):
     assert architectures("NVIDIA H100 80GB HBM3") == ["sm_90"]
     assert architectures("NVIDIA H200") == ["sm_90"]
     assert architectures("NVIDIA B200") == ["sm_100"]
+    assert architectures("cpu") == []
     assert architectures(None) == list(aot.ARCHITECTURES)
     assert architectures(None, architectures=["sm_8*", "gfx*"]) == ["sm_80", "gfx942"]
     with pytest.raises(ValueError, match="add it to DEVICES"):
