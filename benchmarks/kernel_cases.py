@@ -204,6 +204,61 @@ def topk_low_rank(device: torch.device) -> None:
                 _same(ours, theirs, f"{name} {[rows, columns, r]} {dtype}")
 
 
+def block_quantize(name: str) -> Check:
+    """The kernel for all in one pass, or those of several passes."""
+
+    def check(device: torch.device) -> None:
+        for kind in _PACKED[:1] if name == "fused" else _PACKED[1:]:
+            for columns, outputs in _packed_sizes(device):
+                w = _numbers(outputs, columns, dtype=_half(device))
+                found = ops.block_quantize(w.to(device), **kind, backend="triton").tensors()
+                exact = ops.block_quantize(w, **kind, backend="reference").tensors()
+                for part, tensor in exact.items():
+                    _same(found[part], tensor, f"{part} of {[outputs, columns]} {kind}")
+
+    return check
+
+
+def block_dequantize(device: torch.device) -> None:
+    for kind in _PACKED:
+        for columns, outputs in _packed_sizes(device):
+            w = _numbers(outputs, columns, dtype=_half(device))
+            q = ops.block_quantize(w, **kind, backend="reference")
+            found = ops.block_dequantize(q.to(device), backend="triton")
+            exact = ops.block_dequantize(q, backend="reference")
+            _same(found, exact, f"{[outputs, columns]} {kind}")
+
+
+def quant_linear(variant: str) -> Check:
+    """Tokens with a single 1 read the weight; one token for "vector", more for "dot"."""
+
+    def check(device: torch.device) -> None:
+        tokens, dtype = {"vector": 1, "dot": 20}[variant], _half(device)
+        for kind in _PACKED:
+            for columns, outputs in _packed_sizes(device):
+                w = _numbers(outputs, columns, dtype=dtype)
+                q = ops.block_quantize(w, **kind, backend="reference")
+                some = torch.arange(tokens) * 7 % columns
+                x = F.one_hot(some, columns).to(device, dtype)
+                found = ops.quant_linear(x, q.to(device), backend="triton")
+                exact = ops.block_dequantize(q, dtype, backend="reference")[:, some].T
+                _same(found, exact, f"{variant} {[outputs, columns]} {kind}")
+
+    return check
+
+
+def _packed_sizes(device: torch.device) -> tuple[tuple[int, int], ...]:
+    """Columns and outputs: rows of whole runs, and rows that cut them."""
+    return ((1024, 264), (301, 70)) if device.type == "cuda" else ((96, 20), (71, 9))
+
+
+_PACKED: tuple[dict, ...] = (
+    {"code": "int4", "block_size": 64, "largest": 5},
+    {"code": "nf4", "block_size": (2, 32), "largest": 5, "scale_dtype": "float16"},
+    {"code": "int8", "symmetric": False, "block_size": "tensor", "clip": ops.Clip("zscore", 2.0)},
+)
+
+
 def planted_error(device: torch.device) -> None:
     """Write past the end of an allocation, as a kernel does whose mask is wrong by one."""
     if device.type != "cuda":
@@ -227,6 +282,13 @@ KERNELS = {
     "triton-lora_linear-expand": lora_product("expand"),
     "triton-lora_linear-reduce": lora_product("reduce"),
     "triton-topk_low_rank": topk_low_rank,
+    "triton-block_quantize-fused": block_quantize("fused"),
+    "triton-block_quantize-ranges": block_quantize("ranges"),
+    "triton-block_quantize-sums": block_quantize("sums"),
+    "triton-block_quantize-encode": block_quantize("encode"),
+    "triton-block_dequantize": block_dequantize,
+    "triton-quant_linear-vector": quant_linear("vector"),
+    "triton-quant_linear-dot": quant_linear("dot"),
     "cuda-column_absmax": column_absmax("cuda"),
 }
 

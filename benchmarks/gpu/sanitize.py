@@ -21,6 +21,13 @@ KERNELS = (
     "triton-lora_linear-expand",
     "triton-lora_linear-reduce",
     "triton-topk_low_rank",
+    "triton-block_quantize-fused",
+    "triton-block_quantize-ranges",
+    "triton-block_quantize-sums",
+    "triton-block_quantize-encode",
+    "triton-block_dequantize",
+    "triton-quant_linear-vector",
+    "triton-quant_linear-dot",
     "cuda-column_absmax",
 )
 PLANTED = "planted-error"
@@ -79,7 +86,8 @@ def sanitize(context: Context, seconds: float) -> Outcome:
 def watched(kernel: str) -> str:
     """The device function that is watched; PyTorch's own are not our concern, and take long."""
     _, op, *variant = kernel.split("-")
-    return f"{f'lora_{variant[0]}' if op == 'lora_linear' else op}_kernel"
+    shared = {"lora_linear": "lora", "block_quantize": "block", "quant_linear": op}
+    return f"{f'{shared[op]}_{variant[0]}' if op in shared else op}_kernel"
 
 
 def verdict_of(finished: Finished) -> str:

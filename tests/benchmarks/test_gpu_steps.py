@@ -200,7 +200,9 @@ def test_each_kernel_is_judged_under_each_tool(context, tmp_path, monkeypatch, b
             for op in (
                 *("column_absmax", "sampled_grad", "sparse_linear", "masked_grad"),
                 *("lora_linear-project", "lora_linear-expand", "lora_linear-reduce"),
-                "topk_low_rank",
+                *("block_quantize-fused", "block_quantize-ranges", "block_quantize-sums"),
+                *("block_quantize-encode", "block_dequantize", "topk_low_rank"),
+                *("quant_linear-vector", "quant_linear-dot"),
             )
         },
         "memcheck triton-glu_absmax": "ok: 0 errors",

@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from swkernels import backends, ops
+from swkernels.backends.plan import Code, Plan
+from swkernels.backends.reference import block_dequantize as exact_values
+from swkernels.backends.reference import block_quantize as exact_codes
+from swkernels.backends.triton import block_dequantize, block_quantize
 from swkernels.backends.triton import linear_absmax as linear
 from tests.backends.oracle import expected_keys
 
@@ -114,6 +118,42 @@ def run_lora(x, backend):
     return y.detach(), right.grad, A.grad, B.grad
 
 
+def plan_for(x):
+    """Asymmetric int4 in blocks of 30, and three outliers."""
+    T, C = x.shape
+    positions = torch.tensor([0, C, T * C - 1][: 3 if T > 1 else T], device=x.device)
+    return Plan(T, C, (0, 30), Code("int4", False)), positions.to(torch.int32)
+
+
+def run_quantize(x, name):
+    plan, positions = plan_for(x)
+    return block_quantize.block_quantize(x, plan, positions, torch.float32)
+
+
+def run_dequantize(x, name):
+    plan, positions = plan_for(x)
+    packed = exact_codes.block_quantize(x, plan, positions, torch.float32)
+    values = x.reshape(-1)[positions.long()]
+    return (block_dequantize.block_dequantize(*packed, positions, values, plan, x.dtype),)
+
+
+@cache
+def packed_weight(columns, device):
+    w = normal(40, columns, seed=11).to(device)
+    return ops.block_quantize(w, code="nf4", block_size=32, largest=9)
+
+
+def packed_input(x):
+    """As many columns of x as are whole runs, and the weight for them."""
+    x = x[:, : x.shape[1] // 32 * 32]
+    return x, packed_weight(x.shape[1], x.device)
+
+
+def run_quant_linear(x, backend):
+    """By tokens: the kernel for one or a few, the one for some, the library's product."""
+    return (ops.quant_linear(*packed_input(x), backend=backend),)
+
+
 # Each kernel: what runs it, and the name by which that knows it.
 KERNELS = {
     "column_absmax-triton": (run_column, "triton"),
@@ -125,6 +165,9 @@ KERNELS = {
     "sparse_linear-triton": (run_sparse, "triton"),
     "masked_grad-triton": (run_masked, "triton"),
     "lora_linear-triton": (run_lora, "triton"),
+    "block_quantize-triton": (run_quantize, "triton"),
+    "block_dequantize-triton": (run_dequantize, "triton"),
+    "quant_linear-triton": (run_quant_linear, "triton"),
 }
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -155,6 +198,9 @@ def check(kernel, x, found):
         assert torch.equal(found[0].cpu(), expected_keys(x))
         return
     value = found[0]
+    if kernel.startswith(("block", "quant")):
+        check_packed(kernel, x.to(value.device), found)
+        return
     if not kernel.startswith(("glu", "linear")):
         check_at_coordinates(kernel, x.to(value.device), value)
         return
@@ -169,6 +215,23 @@ def check(kernel, x, found):
         exact, theirs = F.linear(x.double(), weight.double()), F.linear(x, weight)
     if value.numel():
         assert (value - exact).norm() <= 2 * (theirs - exact).norm()
+
+
+def check_packed(kernel, x, found):
+    if kernel.startswith("block_quantize"):
+        expected = exact_codes.block_quantize(x, *plan_for(x), torch.float32)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected))
+    elif kernel.startswith("block_dequantize"):
+        plan, positions = plan_for(x)
+        packed = exact_codes.block_quantize(x, plan, positions, torch.float32)
+        values = x.reshape(-1)[positions.long()]
+        exact = exact_values.block_dequantize(*packed, positions, values, plan, x.dtype)
+        assert torch.equal(found[0], exact)
+    else:
+        x, q = packed_input(x)
+        exact = F.linear(x.double(), q.dequantize().double())
+        theirs = F.linear(x, q.dequantize(x.dtype))
+        assert (found[0] - exact).norm() <= 2 * (theirs - exact).norm()
 
 
 def check_at_coordinates(kernel, x, value):
@@ -317,6 +380,25 @@ def test_linear_absmax_beyond_2_to_the_31_elements(variant, emptied_cache):
     values, tokens = ops.peaks(in_keys)
     assert torch.equal(values, x[-1].float()) and (tokens == ROWS - 1).all()
     assert (y[-1] == 2).all() and (ops.peaks(out_keys).tokens == ROWS - 1).all()
+
+
+@needs_gpu
+@pytest.mark.parametrize("block", [64, "row", "tensor"])
+def test_a_packed_matrix_of_the_most_elements(block, emptied_cache):
+    """Just below 2^31, which is its limit: the last row must be right."""
+    rows = 2**31 // COLUMNS - 1
+    need_bytes(5 * rows * COLUMNS)
+    w = torch.zeros(rows, COLUMNS, dtype=torch.float16, device="cuda")
+    w[-1] = normal(COLUMNS, seed=12)
+    outliers = torch.tensor([[rows - 1, COLUMNS - 1]])
+    q = ops.block_quantize(w, block_size=block, outliers=outliers, backend="triton")
+    alone = ops.block_quantize(
+        w[-1:], block_size=block, outliers=torch.tensor([[0, COLUMNS - 1]]), backend="triton"
+    )
+    assert torch.equal(q.dequantize()[-1:], alone.dequantize())
+    x = torch.ones(1, COLUMNS, dtype=torch.float16, device="cuda")
+    ours, theirs = ops.quant_linear(x, q)[0, -1], ops.quant_linear(x, alone)[0, 0]
+    assert torch.equal(ours, theirs)
 
 
 def test_every_operation_has_a_kernel_here():
