@@ -6,14 +6,11 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 
 import swkernels
 from swkernels import QuantConfig, ops, quantize
 from swkernels.errors import InvalidInput
-from swkernels.ops.outliers import check_keep, keep, restore
 from swkernels.train import Coordinates, sparse
 from swkernels.train.export import to_checkpoint
 from swkernels.train.weights import find_weights
@@ -251,47 +248,3 @@ def test_a_checkpoint_holds_the_merged_outliers(arch, tmp_path):
     want = packed(model)
     assert all(torch.equal(b, want[name]) for name, b in packed(loaded).items())
     assert torch.equal(logits(loaded), logits(model))
-
-
-# --- the operation below it ---
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    shape=st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    code=st.sampled_from(["int4", "int8", "nf4", "fp4"]),
-    block=st.integers(1, 50),
-    seed=st.integers(0, 1000),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)
-def test_keep_changes_what_it_is_told_and_nothing_else(shape, code, block, seed, dtype):
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(shape, generator=generator).to(dtype)
-    n = w.numel()
-    order = torch.randperm(n, generator=generator)
-    listed = order[: min(3, n)]
-    pairs = torch.stack([listed // shape[1], listed % shape[1]], 1)
-    q = ops.block_quantize(w, code=code, block_size=block, outliers=pairs)
-    positions = torch.randperm(n, generator=generator)[: min(6, n)].sort().values
-    values = torch.randn(len(positions), generator=generator)
-    try:
-        check_keep(q, positions)
-    except InvalidInput:
-        with pytest.raises(InvalidInput):
-            keep(q, positions, values)
-        return
-    held = {name: tensor.clone() for name, tensor in q.tensors().items()}
-    new, kept = keep(q, positions, values)
-    expected = q.dequantize(torch.float32).view(-1)
-    expected[positions] = values
-    assert torch.equal(new.dequantize(torch.float32).view(-1), expected)
-    # Integer products leave out what is listed: its codes are zero.
-    bare = new.with_tensors(
-        new.tensors() | {"positions": new.positions[:0], "values": new.values[:0]}
-    )
-    assert not bare.dequantize(torch.float32).view(-1)[new.positions.long()].any()
-    back = restore(new, kept)
-    for name, tensor in held.items():
-        assert torch.equal(q.tensors()[name], tensor), name  # the first is as it was
-        same = back.tensors()[name]
-        assert same.dtype == tensor.dtype and torch.equal(same, tensor), name

@@ -491,36 +491,6 @@ def test_tracking_sees_packed_experts():
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), arch
 
 
-def test_other_functions_get_the_values_of_an_expert():
-    w = torch.randn(3, 8, 16)
-    stack = QuantExperts.from_packed([ops.block_quantize(m) for m in w], "eoi")
-    dense = stack.dequantize()
-    assert stack.shape == w.shape and stack.size(1) == 8
-    assert torch.equal(torch.abs(stack[1]), dense[1].abs())
-    assert torch.equal(torch.cat([stack[1].T, stack[1].mT]), torch.cat([dense[1].T] * 2))
-    assert torch.equal(stack[torch.tensor([2, 0])], dense[[2, 0]])
-    x = torch.randn(3, 5, 8)
-    assert torch.allclose(torch.bmm(x, stack), torch.bmm(x, dense), rtol=1e-5, atol=1e-5)
-    with pytest.raises(InvalidInput, match=r"can be seen as \[3, 8, 16\], got \[4, -1\]"):
-        stack.view(4, -1)
-
-
-BAD_STACKS = {
-    "shapes": (lambda q: ([q, ops.block_quantize(torch.ones(2, 4))], "eoi"), "of one shape"),
-    "none": (lambda q: ([], "eoi"), "of one shape"),
-    "layout": (lambda q: ([q], "xyz"), "layout must be one of eoi"),
-    "type": (lambda q: ([torch.ones(2, 2)], "eoi"), "expected a QuantizedTensor"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_STACKS)
-def test_stacks_that_are_refused(name):
-    make, message = BAD_STACKS[name]
-    experts, layout = make(ops.block_quantize(torch.ones(4, 4)))
-    with pytest.raises(InvalidInput, match=message):
-        QuantExperts.from_packed(experts, layout)
-
-
 def test_a_site_is_a_name_and_an_expert():
     _, report = quantized("mixtral", {("model.layers.0.mlp.experts", 2): [[1, 4]]})
     (layer,) = [layer for layer in report.layers if layer.super_weights]
