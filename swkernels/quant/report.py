@@ -179,8 +179,10 @@ def describe(
         listed: the super weights among its outliers, [k, 2].
     """
     error, block, worst = _errors(matrix, q)
-    pairs = [] if listed is None else listed.tolist()
-    kept = [(row, col, float(matrix[row, col])) for row, col in pairs]
+    kept: list[tuple[int, int, float]] = []
+    if listed is not None:
+        rows, cols = listed.to(matrix.device).long().unbind(1)
+        kept = list(zip(rows.tolist(), cols.tolist(), matrix[rows, cols].float().tolist()))
     return LayerReport(
         name, expert, (q.plan.rows, q.plan.columns), q.plan.code.bits, error, block, worst,
         tuple(kept), len(q.positions) - len(kept),
