@@ -224,6 +224,15 @@ def test_merge_and_unmerge(arch):
     torch.testing.assert_close(logits(merged), out)
 
 
+def test_merge_into_other_layers_than_down_projections():
+    listed = {"model.layers.0.self_attn.q_proj": [[3, 4]], DOWN: [[1, 2]]}
+    model = get_peft_model(tiny_model("llama"), SparseCoordinateConfig(coordinates=listed))
+    set_random(model)
+    out = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), out)
+    assert not torch.equal(out, logits(tiny_model("llama")))
+
+
 def test_unload_gives_the_base_back():
     unloaded = adapted("mixtral").unload()
     assert torch.equal(logits(unloaded), logits(tiny_model("mixtral")))
