@@ -9,8 +9,9 @@ A file is JSON of schema "swkernels.tuning/1":
 
 `device` is the name that PyTorch reports, or null for any. In a record, `rows` and `columns` are
 those of the weight (both C for an operation on [T, C]), `tokens` is a bucket (see
-`token_bucket`; for `block_quantize` of the elements of a block), `architectures` are patterns such as "sm_*"; what is null or left out matches
-anything. The first record that matches wins, in this order of files: the user's
+`token_bucket`; for `block_quantize` of the elements of a block), `architectures` are patterns
+such as "sm_*"; what is null or left out matches anything. The first record that matches wins, in
+this order of files: the user's
 (`$SWKERNELS_TUNING`, a file or a directory, else `~/.config/swkernels/tuning`), those shipped
 for this GPU, and `default.json`, whose records nobody has measured. Before all of them come the
 records of a `use` block. `swkernels tune` measures records and writes files (docs/tuning.md).
