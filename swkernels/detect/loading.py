@@ -64,7 +64,9 @@ def load_model(
         encoder_decoder = getattr(config, "is_encoder_decoder", False)
         loader = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        if "gguf_file" not in options:
+        if "gguf_file" in options:
+            options |= _unpacking()
+        else:
             options["use_safetensors"] = True
         if quantization_config is not None:
             options["quantization_config"] = quantization_config
@@ -189,6 +191,15 @@ def source_of(name_or_path: str | Path) -> tuple[str, dict]:
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
         raise InvalidInput(f"there is no model at {name!r}: give the directory of a checkpoint")
     return name, {}
+
+
+def _unpacking() -> dict:
+    """What makes transformers unpack a .gguf file to plain weights, and say that they are."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # an older transformers, which always does
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _check_gguf(path: Path) -> None:

@@ -25,6 +25,7 @@ from swkernels.quant import QuantConfig, QuantReport
 from swkernels.train import Coordinates
 from tests.cli.checkpoints import TEXT, make_model, plant, save
 from tests.detect import fake_report
+from tests.detect.test_loading import write_gguf
 
 NAME = "model.layers.1.mlp.down_proj"
 REPORT = "quantize_report.json"
@@ -388,3 +389,14 @@ def test_other_commands_on_a_packed_model(go, scan, tmp_path, capfd):
     ]  # fmt: skip
     assert main(["train", str(tmp_path / "out"), *options]) == 0
     assert json.loads((tmp_path / "trained" / "train.json").read_text())["largest_delta"] > 0
+
+
+def test_a_gguf_file(go, scan, planted, tmp_path):
+    """It is unpacked whole, and then quantized as the model that was written into it."""
+    write_gguf(tmp_path / "a.gguf", planted)
+    assert go("--super-weights", scan, "-o", tmp_path / "a", model=tmp_path / "a.gguf") == 0
+    assert go("--super-weights", scan, "-o", tmp_path / "b") == 0
+    tensors = [load_file(tmp_path / name / "model.safetensors") for name in ("a", "b")]
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        assert torch.equal(tensor, tensors[1][name]), name
