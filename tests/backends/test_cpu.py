@@ -6,6 +6,7 @@ import ctypes
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swkernels import ops
 from swkernels.backends import cpu, native
 from swkernels.errors import BackendUnavailable, InvalidInput
 
@@ -405,6 +407,169 @@ def test_linear_absmax(dtype, bias, isa):
     assert torch.equal(in_keys, expected_keys(x, None, index, 9))
     assert torch.equal(out_keys, expected_keys(y, None, index, 9))
     assert torch.equal(linear_absmax(x, weight, b, None, None, None, 0), y)
+
+
+# Packed matrices, against the reference, which tests/ops hold against an oracle.
+
+PACKED_CODES = [
+    ("int4", True), ("int4", False), ("int8", True), ("int8", False), ("nf4", True), ("fp4", True),
+]  # fmt: skip
+packed_codes = pytest.mark.parametrize("code, symmetric", PACKED_CODES, ids=str)
+# One element and many; multiples of 8 and not; within a row, across rows, wider than a task.
+PACKED_BLOCKS = [1, 7, 32, 64, 4096, 100_000, (8, 16), (3, 5), (64, 64), "row", "channel", "tensor"]
+PACKED_CLIPS = [
+    None, ("zscore", 2), ("zscore_signed", 1.5), ("percentile", 97), ("count", 3), ("search", 0.6),
+]  # fmt: skip
+
+
+def packed(w, code, symmetric, block, clip=None, scale_dtype="float32", largest=0, backend="cpu"):
+    return ops.block_quantize(
+        w, code=code, symmetric=symmetric, block_size=block, clip=clip and ops.Clip(*clip),
+        scale_dtype=scale_dtype, largest=largest, backend=backend,
+    )  # fmt: skip
+
+
+@cache  # every instruction set is held against the same
+def by_reference(shape, dtype, seed, *arguments):
+    w = (random(*shape, seed=seed) ** 3).to(dtype)
+    return w, packed(w, *arguments, backend="reference")
+
+
+def assert_packed_alike(ours, wanted):
+    for name, tensor in wanted.tensors().items():
+        assert torch.equal(ours.tensors()[name], tensor), (name, wanted.plan)
+
+
+@packed_codes
+def test_packed_codes_are_the_references(code, symmetric, isa, threads):
+    for i, block in enumerate(PACKED_BLOCKS):
+        clip, dtype = PACKED_CLIPS[i % 6], DTYPES[i % 3]
+        scale_dtype = ("float32", "float16", "float32", "int8")[i % 4]
+        arguments = code, symmetric, block, clip, scale_dtype, i
+        w, wanted = by_reference((37, 203), dtype, i, *arguments)
+        assert_packed_alike(packed(w, *arguments), wanted)
+
+
+@pytest.mark.parametrize("clip", PACKED_CLIPS, ids=str)
+def test_threads_share_a_block(clip, isa, threads):
+    for (code, symmetric), block in zip(PACKED_CODES[1::2], ("tensor", 200_003, (333, 500))):
+        arguments = code, symmetric, block, clip, "float32", 3
+        w, wanted = by_reference((333, 1001), torch.float32, 0, *arguments)
+        assert_packed_alike(packed(w, *arguments), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_special_values(dtype, isa):
+    """Denormals, the largest numbers, both zeros, ties, in lanes and in what is left of them."""
+    values = special_values(dtype)
+    values = values[values.isfinite() & (values.abs() <= torch.finfo(dtype).max / 4)]
+    generator = torch.Generator().manual_seed(4)
+    w = values[torch.randint(len(values), (40, 77), generator=generator)]
+    small = w.float().clamp(-1e-38, 1e-38).to(dtype)
+    ties = ((random(40, 77) * 16).round() / 2).to(dtype)
+    for matrix in (w, small, ties):
+        for (code, symmetric), block in zip(PACKED_CODES, PACKED_BLOCKS[::2]):
+            wanted = packed(matrix, code, symmetric, block, backend="reference")
+            assert_packed_alike(packed(matrix, code, symmetric, block), wanted)
+
+
+@packed_codes
+def test_packed_values_are_the_references(code, symmetric, isa, threads):
+    for i, block in enumerate(PACKED_BLOCKS):
+        scale_dtype = ("float32", "float16", "int8")[i % 3]
+        arguments = code, symmetric, block, None, scale_dtype, 40
+        _, q = by_reference((37, 203), DTYPES[i % 3], i, *arguments)
+        exact = ops.block_dequantize(q, torch.float32, backend="reference")
+        for dtype in DTYPES:
+            assert torch.equal(ops.block_dequantize(q, dtype, backend="cpu"), exact.to(dtype))
+
+
+@packed_codes
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_hot_tokens_read_the_packed_weight(dtype, code, symmetric, isa):
+    for i, block in enumerate(PACKED_BLOCKS):
+        H = (203, 256, 392)[i % 3]
+        arguments = code, symmetric, block, None, ("float32", "float16")[i % 2], 60
+        _, q = by_reference((21, H), torch.float32, i, *arguments)
+        wanted = ops.block_dequantize(q, torch.float32, backend="reference").to(dtype)
+        for T in (1, 2, 3, 4, 9, 16, 17, 32):
+            columns = torch.randperm(H, generator=torch.Generator().manual_seed(T))[:T]
+            y = ops.quant_linear(F.one_hot(columns, H).to(dtype), q, backend="cpu")
+            assert torch.equal(y, wanted[:, columns].T), (block, T)
+
+
+@pytest.mark.parametrize("tokens", [33, 100, 300])
+def test_many_tokens_and_many_rows(tokens, isa, threads):
+    """More rows than are dequantized at once, in float32."""
+    for (code, symmetric), dtype in zip(PACKED_CODES[1::2], DTYPES):
+        rows = 3600 if dtype == torch.float32 else 100
+        q = packed(random(rows, 600), code, symmetric, 64, None, "float32", 99)
+        columns = torch.arange(tokens) * 7 % 600
+        y = ops.quant_linear(F.one_hot(columns, 600).to(dtype), q, backend="cpu")
+        assert torch.equal(y, q.dequantize(dtype)[:, columns].T)
+
+
+@packed_codes
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_products_are_as_exact_as_pytorchs(dtype, code, symmetric, isa):
+    for H, block in ((512, 64), (203, 7)):
+        arguments = code, symmetric, block, None, "float32", 50
+        _, q = by_reference((150, H), torch.float32, 0, *arguments)
+        bias, weight = random(150, dtype=dtype, seed=2), q.dequantize(dtype)
+        for T in (1, 3, 16):
+            x = random(48, H + 3, dtype=dtype, seed=T)[:, 3:]
+            exact = F.linear(x.double(), q.dequantize().double(), bias.double())
+            theirs = torch.cat([F.linear(part, weight, bias) for part in x.split(T)]) - exact
+            ours = [ops.quant_linear(part, q, bias, backend="cpu") for part in x.split(T)]
+            ours = torch.cat(ours) - exact
+            assert ours.square().mean() <= 4 * theirs.square().mean(), (H, block, T)
+            assert ours.abs().max() <= 2 * theirs.abs().max(), (H, block, T)
+
+
+def test_packed_products_do_not_depend_on_threads(isa):
+    q = packed(random(700, 512), "int4", False, 64, None, "float16", 100)
+    before = torch.get_num_threads()
+    try:
+        for T in (1, 5, 20):
+            x, results = random(T, 512, dtype=torch.bfloat16, seed=1), []
+            for count in (1, 2, 3, 1):
+                torch.set_num_threads(count)
+                results.append(ops.quant_linear(x, q, backend="cpu"))
+            assert all(torch.equal(result, results[0]) for result in results)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_packed_status_codes():
+    lib, w = cpu.library(), torch.ones(2, 8)
+    q = packed(w, "int4", False, 8, None, "float32", 1)
+    out = torch.zeros(2, 8)
+    held = [t.data_ptr() for t in (q.codes, q.scales, q.zero_points, q.positions, q.values)]
+
+    def status(D=2, c=8, code=0, symmetric=0, dtype=0, zero_bytes=4, k=1, positions=held[3],
+               begin=0, end=16):  # fmt: skip
+        return lib.swk_cpu_block_dequantize(
+            held[0], D, 8, 0, c, code, symmetric, held[1], dtype, held[2], zero_bytes, positions,
+            held[4], 0, k, begin, end, out.data_ptr(), 0, 1, 0,
+        )  # fmt: skip
+
+    assert status() == 0 and torch.equal(out, w)
+    assert status(begin=5, end=5) == 0
+    outside, descending = torch.tensor([16], dtype=torch.int32), torch.tensor([3, 2]).int()
+    for wrong, word in (
+        (status(D=-1), "size"),
+        (status(c=0), "size"),
+        (status(code=4), "size"),
+        (status(code=2), "size"),
+        (status(dtype=3), "float16"),
+        (status(dtype=1), "float16"),
+        (status(zero_bytes=1), "float16"),
+        (status(positions=outside.data_ptr()), "outside"),
+        (status(positions=descending.data_ptr(), k=2), "outside"),
+        (status(end=17), "outside"),
+        (status(begin=-1), "outside"),
+    ):
+        assert wrong and word in native.status_text(lib, wrong)
 
 
 # What it refuses, and how it is found.

@@ -109,11 +109,14 @@ def test_error_is_at_most_twice_that_of_linear_on_the_dequantized_weight(
     D = 8 if interpreted(backend) else 70
     q = quantize(normal(D, 250) * 0.1, code, symmetric, 64, largest=30)
     bias = normal(D, seed=4)
+    weight, most = q.dequantize(dtype), 16 if interpreted(backend) else 48
     for tokens in some_of(backend, TOKENS, 3):
-        x = normal(tokens, 250, dtype=dtype, seed=5)
+        x = normal(max(tokens, most), 250, dtype=dtype, seed=5)
         exact = F.linear(x.double(), q.dequantize().double(), bias.to(dtype).double())
-        theirs = F.linear(x, q.dequantize(dtype), bias.to(dtype)).double() - exact
-        ours = ops.quant_linear(x, q, bias, backend=backend).double() - exact
+        parts = x.split(tokens)
+        theirs = torch.cat([F.linear(part, weight, bias.to(dtype)) for part in parts]) - exact
+        ours = torch.cat([ops.quant_linear(part, q, bias, backend=backend) for part in parts])
+        ours = ours - exact
         assert ours.square().mean() <= 4 * theirs.square().mean()
         assert ours.abs().max() <= 2 * theirs.abs().max()
 
@@ -208,14 +211,14 @@ def test_twice_the_same(backend):
 
 @on_cpu
 def test_nothing_of_the_weights_size_is_made_for_few_tokens():
-    D, H = 300, 512
+    D, H = 1024, 512
     for (code, symmetric), block in zip(CODES, (64, "row", (8, 8), 128, 32, 100)):
         q = quantize(heavy(D, H), code, symmetric, block, largest=20)
         for tokens in (1, 2, 16):
             x = normal(tokens, H)
             with Allocations() as made:
                 ops.quant_linear(x, q, normal(D), backend="cpu")
-            assert max(made.sizes) <= tokens * max(D, H)
+            assert max(made.sizes) < D * H / 4
         with Allocations() as made:
             ops.quant_linear(x, q, backend="reference")
         assert max(made.sizes) >= D * H
