@@ -65,7 +65,7 @@ def original_of(source: dict | None) -> str | None:
     path = Path(source["model"])
     if not path.exists():
         return None if path.is_absolute() else source["model"]
-    if source["fingerprint"] not in (None, loading.fingerprint(path)):
+    if source.get("fingerprint") not in (None, loading.fingerprint(path)):
         raise InvalidInput(
             f"{path} is not the model any more that was quantized: give --against or --alone"
         )

@@ -118,6 +118,7 @@ def test_from_a_name_to_a_packed_checkpoint(go, checkpoint, planted, scan, tmp_p
     assert ids == AutoTokenizer.from_pretrained(checkpoint)(TEXT)["input_ids"]
 
     assert shown.err == ""
+    assert shown.out.startswith("packing\nsaving\n")
     assert f"kept: {NAME} [5, 7] = 10\n" in shown.out
     assert "model.layers.*.mlp.down_proj" in shown.out and str(report) in shown.out
     assert shown.out.endswith(f"{out}\n")
