@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -380,6 +381,16 @@ def test_the_config_goes_through_json_and_copies():
     assert copy.deepcopy(config).to_dict() == config.to_dict() == dict(config)
 
 
+def test_a_quantized_model_can_be_copied_and_pickled(files, tmp_path):
+    in_memory = tiny_model("llama")
+    quantize(in_memory, progress=False)
+    for number, model in enumerate((in_memory, load(files))):
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert_equal(other, model)
+            assert torch.equal(logits(other), logits(model))
+            assert_equal(load(saved(other, tmp_path / str(number))), model)
+
+
 def test_models_of_one_configuration_do_not_share_what_is_written_to_it():
     first = tiny_model("llama")
     second = type(first)(first.config)
@@ -483,6 +494,39 @@ def test_lora_is_not_merged_into_packed_weights(safe, files):
         with pytest.raises(AttributeError, match="no dense weight.*merge adapters into the model"):
             merge(safe_merge=safe)
     assert torch.equal(logits(model), want)
+
+
+def other_methods() -> dict:
+    peft = pytest.importorskip("peft")
+    return {
+        "ia3": peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        "loha": peft.LoHaConfig(target_modules=["q_proj"], r=2, init_weights=False),
+        "embeddings": lora_config(target_modules=["embed_tokens"], init_lora_weights=False),
+        "head": lora_config(modules_to_save=["lm_head"]),
+    }
+
+
+@pytest.mark.parametrize("method", ["ia3", "loha", "embeddings", "head"])
+@pytest.mark.parametrize("kbit", [False, True])
+def test_other_methods_of_peft_train_on_it(method, kbit):
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama").bfloat16()
+    quantize(model, QuantConfig(embeddings="int8" if method == "embeddings" else None),
+             progress=False)  # fmt: skip
+    if kbit:
+        model = peft.prepare_model_for_kbit_training(model)
+    model = peft.get_peft_model(model, other_methods()[method]).train()
+    model(input_ids=token_ids(), labels=token_ids(), use_cache=False).loss.backward()
+    trained = [p.grad for p in model.parameters() if p.requires_grad]
+    assert trained and all(gradient is not None for gradient in trained)
+    assert any(bool(gradient.any()) for gradient in trained)
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_methods_that_read_the_dense_weight_say_so(changes, files):
+    peft = pytest.importorskip("peft")
+    with pytest.raises((TypeError, AttributeError), match="PackedWeight|no dense weight"):
+        peft.get_peft_model(load(files), lora_config(**changes))
 
 
 def test_masked_lora_accelerated_lora_and_sparse_coordinates(files):
