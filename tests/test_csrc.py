@@ -62,6 +62,42 @@ SANITIZED = """
 #include <vector>
 #include "swkernels.h"
 
+// Quantizes, dequantizes and multiplies by a matrix of 37 rows, every buffer of exactly its size.
+int packed(int dtype, int64_t H, int64_t r, int64_t c, int code, int symmetric, int clip, int isa) {
+  const int64_t D = 37, size = dtype == SWK_FLOAT32 ? 4 : 2, k = 5;
+  const auto length = [](int64_t n) { return static_cast<size_t>(n); };
+  const int64_t blocks = r ? (D + r - 1) / r * ((H + c - 1) / c) : (D * H + c - 1) / c;
+  const int half = clip % 2, scale_dtype = half ? SWK_FLOAT16 : SWK_FLOAT32;
+  std::vector<unsigned char> w(length(D * H * size)), scales(length(blocks * (half ? 2 : 4)));
+  std::vector<unsigned char> codes(length(code == SWK_INT8 ? D * H : (D * H + 1) / 2));
+  for (auto& byte : w) byte = static_cast<unsigned char>(std::rand() % 64);  // finite
+  std::vector<int32_t> zeros(length(symmetric ? 0 : blocks));
+  int32_t* const zero = symmetric ? nullptr : zeros.data();
+  const std::vector<int32_t> positions{0, 1, 64, static_cast<int32_t>(D * H / 2),
+                                       static_cast<int32_t>(D * H - 1)};
+  const std::vector<float> factors{1.0f, 0.9f, 0.8f};
+  const double value[] = {0, 2, 1.5, 97, 3, 0.8};
+  int status = swk_cpu_block_quantize(
+      w.data(), dtype, D, H, r, c, code, symmetric, half ? 13 : 20, clip, value[clip],
+      factors.data(), 3, positions.data(), k, scales.data(), scale_dtype, zero, codes.data(), 0, 2,
+      isa);
+  const int64_t begin = clip % 3, end = D * H - clip % 2;
+  std::vector<unsigned char> kept(w.begin(), w.begin() + k * size);
+  std::vector<unsigned char> out(length((end - begin) * size));
+  status |= swk_cpu_block_dequantize(codes.data(), D, H, r, c, code, symmetric, scales.data(),
+                                     scale_dtype, zero, 4, positions.data(), kept.data(), dtype, k,
+                                     begin, end, out.data(), dtype, 2, isa);
+  for (int64_t T : {0, 1, 3, 18}) {
+    std::vector<unsigned char> x(length(T * H * size)), y(length(T * D * size));
+    for (auto& byte : x) byte = static_cast<unsigned char>(std::rand() % 64);
+    status |= swk_cpu_quant_linear(x.data(), dtype, H, T, codes.data(), D, H, r, c, code,
+                                   symmetric, scales.data(), scale_dtype, zero, 4,
+                                   positions.data(), kept.data(), dtype, k, w.data(), y.data(), 2,
+                                   isa);
+  }
+  return status;
+}
+
 int main() {
   for (int isa = SWK_ISA_SCALAR; isa <= SWK_ISA_AVX512; ++isa) {
     if (!swk_cpu_isa(isa)) continue;
@@ -99,6 +135,19 @@ int main() {
         status |= swk_cpu_masked_grad(grad.data(), dtype, H, D, H, rows.data(), cols.data(), k,
                                       0.5f, 2, isa);
         if (status) return std::printf("status %d", status), 1;
+      }
+    }
+    int clip = 0;
+    for (int code = SWK_INT4; code <= SWK_FP4; ++code) for (int symmetric : {1, 0}) {
+      if (!symmetric && code > SWK_INT8) continue;
+      const int64_t sizes[][3] = {{131, 0, 7},  {131, 8, 16},   {256, 0, 64},
+                                  {256, 0, 16}, {256, 37, 256}, {131, 0, 131}};
+      for (const auto& size : sizes) {
+        for (int dtype = SWK_FLOAT32; dtype <= SWK_FLOAT16; ++dtype) {
+          clip = (clip + 1) % (SWK_CLIP_SEARCH + 1);
+          const int status = packed(dtype, size[0], size[1], size[2], code, symmetric, clip, isa);
+          if (status) return std::printf("status %d", status), 1;
+        }
       }
     }
     for (int64_t N : {1, 4, 131, 700}) {
