@@ -30,7 +30,9 @@ class Study:
         model, text: what was measured on what.
         window, windows: tokens of a window, and how many.
         matrices, elements: how many matrices are quantized, and the size of the largest.
-        z, largest: of the clip, and how many weights of a matrix the last method keeps.
+        z: the clips that were tried, None being none, on as many other windows of the text; of
+            those each cell has the one with the least loss.
+        largest: how many weights of a matrix the last method keeps.
     """
 
     model: str
@@ -39,7 +41,7 @@ class Study:
     windows: int
     matrices: int
     elements: int
-    z: float
+    z: tuple[float | None, ...]
     largest: int
 
 
@@ -50,12 +52,14 @@ class Cell:
     Attributes:
         key: bits, block and method; None: the original.
         measured: the perplexity.
+        clip: where ranges are cut, None: not at all.
         kept: weights that are kept exactly.
         about: time and commit, see ``machine.provenance``.
     """
 
     key: Key | None
     measured: Perplexity
+    clip: float | None
     kept: int
     about: dict
 
@@ -96,6 +100,7 @@ class Table:
                 "perplexity": cell.measured.value,
                 "losses": cell.measured.losses,
                 "tokens": cell.measured.tokens,
+                "clip": cell.clip,
                 "kept": cell.kept,
                 **cell.about,
             }
@@ -142,7 +147,8 @@ def read_all(results: Path = records.RESULTS) -> dict[Path, Table]:
 def _parse(line: dict) -> tuple[Study, Cell]:
     if line["schema"] != SCHEMA:
         raise ValueError(f"schema is {line['schema']!r}")
-    study = Study(**{name: line[name] for name in Study.__dataclass_fields__})
+    fields = {name: line[name] for name in Study.__dataclass_fields__}
+    study = Study(**fields | {"z": tuple(line["z"])})
     key = line["bits"], line["block"], line["method"]
     if key != (None, None, None) and not (
         key[0] in BITS and key[1] in BLOCKS and key[2] in METHODS
@@ -153,4 +159,5 @@ def _parse(line: dict) -> tuple[Study, Cell]:
         raise ValueError(f"{len(losses)} losses of {len(tokens)} windows, expected {study.windows}")
     measured = Perplexity(losses, tokens, study.window, study.window)
     about = {name: line[name] for name in _ABOUT}
-    return study, Cell(key if key[0] else None, measured, line["kept"], about)
+    clip, kept = line["clip"], line["kept"]
+    return study, Cell(key if key[0] else None, measured, clip, kept, about)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from benchmarks import expected, quality
 from benchmarks.book import OURS, Book, Entry
@@ -293,10 +293,11 @@ def _quality(study: quality.Table) -> list[str]:
         "was read from a 4-bit file, so that int4 quantizes what has been quantized before. "
         f"All {about.matrices} linear layers of the blocks, in asymmetric integer codes; the "
         f"largest has {about.elements:,} elements, so blocks of 1,048,576 are the whole tensor. "
-        f"*plain* is round to nearest; *clip* cuts each block at mean + {about.z:g} std of |w|; "
-        "*preserve* does so and keeps the four super weights exactly; *largest* keeps the "
-        f"{about.largest} largest magnitudes of every matrix too. In brackets the ratio to the "
-        "original, with its standard error over windows, in which both read the same tokens.",
+        f"*plain* is round to nearest; *clip* cuts each block at mean + z std of |w|, z "
+        f"{_clips(about.z)}; *preserve* does so and keeps the four super weights exactly; "
+        f"*largest* keeps the {about.largest} largest magnitudes of every matrix too. In brackets "
+        "the ratio to the original, with its standard error over windows, in which both read the "
+        "same tokens.",
         table(["bits", "block", *quality.METHODS], rows),
         _quality_in_short(study),
     ]
@@ -326,6 +327,13 @@ def _quality_in_short(study: quality.Table) -> str:
     return text + (f" ({listed})." if listed else ".")
 
 
+def _clips(tried: Sequence[float | None]) -> str:
+    named = ["none" if z is None else f"{z:g}" for z in tried]
+    if len(named) == 1:
+        return f"= {named[0]}"
+    return f"of {', '.join(named)} as as many other windows of the text prefer"
+
+
 def _block(block: int | str) -> str:
     return block if block == quality.TENSOR else f"{block:,}"
 
@@ -334,7 +342,9 @@ def _quality_cell(study: quality.Table, key: quality.Key) -> str:
     measured, ratio = study.perplexity(key), study.ratio(key)
     if measured is None or ratio is None:
         return NOT_MEASURED
-    return f"{measured.value:.4g} (x{ratio[0]:.4g} +- {ratio[1]:.1g})"
+    clip = study.cells[key].clip
+    cut = "" if clip is None else f", z {clip:g}"
+    return f"{measured.value:.4g} (x{ratio[0]:.4g} +- {ratio[1]:.1g}{cut})"
 
 
 def _predictions(book: Book) -> str:

@@ -14,12 +14,12 @@ from swkernels.detect.perplexity import Perplexity
 from swkernels.errors import InvalidInput
 from tests.models.tiny import VOCABULARY, tiny_model
 
-STUDY = Study("a model", "a text", 8, 2, 3, 4096, 15.0, 32)
+STUDY = Study("a model", "a text", 8, 2, 3, 4096, (9.0, None), 32)
 ABOUT = {"time": "2026-12-01T10:00:00+00:00", "commit": "c" * 40, "modified": False}
 
 
 def cell(key, *losses):
-    return Cell(key, Perplexity(losses, (7, 7), 8, 8), 4, ABOUT)
+    return Cell(key, Perplexity(losses, (7, 7), 8, 8), None, 4, ABOUT)
 
 
 def table(*cells):
@@ -46,7 +46,7 @@ def test_round_trip(tmp_path):
         ({"block": 65}, "line 2.*unknown cell"),
         ({"method": "magic"}, "line 2.*unknown cell"),
         ({"losses": [1.0]}, "line 2.*1 losses"),
-        ({"z": 9.0}, "line 2.*another study"),
+        ({"z": [9.0]}, "line 2.*another study"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, change, says):
@@ -124,7 +124,7 @@ def small(monkeypatch, tmp_path):
     text = tmp_path / "text"
     text.write_text("abcdefghijklmnopqrstuvwxyz " * 40)
     path = tmp_path / "quality" / "tiny.jsonl"
-    options = ["--data", str(text), "--windows", "3", "--window", "32", "-o", str(path)]
+    options = ["--data", str(text), "--windows", "3", "--window", "32", "-o", str(path), "--z", "9"]
     return model, options, path
 
 
@@ -170,8 +170,7 @@ def test_what_a_cell_keeps_and_that_it_helps(small):
     assert matrices * quant_quality.KEPT <= kept[LARGEST] <= matrices * quant_quality.KEPT + 1
     # One element a hundred times the others: the whole tensor is rounded to 0 with it, not without.
     change = {
-        method: abs(found.ratio((4, quality.TENSOR, method))[0] - 1)
-        for method in (PLAIN, PRESERVE)
+        method: abs(found.ratio((4, quality.TENSOR, method))[0] - 1) for method in (PLAIN, PRESERVE)
     }
     assert change[PRESERVE] < change[PLAIN]
 
@@ -181,9 +180,30 @@ def test_windows_are_spread_over_the_text():
     chosen = quant_quality.spread(tokens, 3, 10).view(3, 10)
     assert chosen[:, 0].tolist() == [0, 30, 60]
     assert (chosen.diff(dim=1) == 1).all()
-    for count in (1, 11):
-        with pytest.raises(InvalidInput, match="to 10 windows of 10 tokens"):
+    others = quant_quality.spread(tokens, 3, 10, 1)
+    assert not set(others.tolist()) & set(chosen.view(-1).tolist())
+    for count in (1, 6):
+        with pytest.raises(InvalidInput, match="to 5 windows of 10 tokens"):
             quant_quality.spread(tokens, count, 10)
+
+
+def test_the_clip_is_chosen_on_other_windows(small, monkeypatch):
+    _, options, path = small
+    real, seen = quant_quality.perplexity, []
+
+    def noted(model, tokens, **keywords):
+        seen.append(tuple(tokens.tolist()))
+        return real(model, tokens, **keywords)
+
+    monkeypatch.setattr(quant_quality, "perplexity", noted)
+    assert quant_quality.main([*options[:-1], "0.1", "none"]) == 0
+    found = quality.read(path)
+    assert found.study.z == (0.1, None)
+    clips = {key: cell.clip for key, cell in found.cells.items() if key}
+    assert all(clip is None for (_, _, method), clip in clips.items() if method == PLAIN)
+    assert clips[8, 64, CLIP] is None  # cutting half of the weights helps no 8-bit code
+    texts = {text: seen.count(text) for text in seen}
+    assert sorted(texts.values()) == [1 + 2 * 2 * 4, 2 * 2 * 2 * 3]
 
 
 def test_bad_input_is_said_in_a_line(small, capsys):
