@@ -75,21 +75,11 @@ int swk_cpu_block_dequantize(const uint8_t* codes, int64_t D, int64_t H, int64_t
 // The elements [begin, end) of the matrix.
 template <class Type>
 SWK_FN void unpack(const Unpacking& job, int64_t begin, int64_t end) {
-  constexpr int64_t kChunk = 1024;
   auto* const out = static_cast<typename Type::Bits*>(job.out) - job.begin;
-  if constexpr (sizeof(typename Type::Bits) == 4) {
-    decode(job.codes, job.layout, job.scales, begin, end, static_cast<float*>(job.out) + (begin - job.begin), job.past_cache);
+  decode<Type>(job.codes, job.layout, job.scales, begin, end, out + begin, job.past_cache);
 #ifdef SWK_ZMM
-    if (job.past_cache) _mm_sfence();  // outliers are written after what is on its way
+  if (job.past_cache) _mm_sfence();  // outliers are written after what is on its way
 #endif
-  } else {
-    alignas(64) float values[kChunk];
-    for (int64_t p = begin; p < end; p += kChunk) {
-      const int64_t n = std::min(kChunk, end - p);
-      decode(job.codes, job.layout, job.scales, p, p + n, values, false);
-      for (int64_t i = 0; i < n; ++i) out[p + i] = from_float<Type>(values[i]);
-    }
-  }
   const Outliers& outliers = job.outliers;
   for (int64_t i = outliers.from(begin); i < outliers.count && outliers.positions[i] < end; ++i) {
     out[outliers.positions[i]] = from_float<Type>(value_of(outliers.values, outliers.dtype, i));

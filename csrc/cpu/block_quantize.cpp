@@ -570,7 +570,7 @@ struct Nf4Cells {
 };
 #endif
 
-SWK_FN SWK_INLINE void encode_run(const Layout& layout, const float* values, int64_t n,
+SWK_FN SWK_NOINLINE void encode_run(const Layout& layout, const float* values, int64_t n,
                                   const Encoder& by, const float* middles, uint8_t* codes) {
   switch (layout.code) {
     case SWK_INT4:

@@ -38,45 +38,65 @@ SWK_FN SWK_INLINE void look_up_32(const uint8_t* codes, __m512 table, __m512& lo
   high = _mm512_permutex2var_ps(even, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd);
 }
 
-SWK_FN SWK_INLINE void store_16(float* out, __m512 values, bool past_cache) {
-  if (past_cache) {
-    _mm512_stream_ps(out, values);
-  } else {
-    _mm512_storeu_ps(out, values);
-  }
+// The same of 16 bits each. The permutation reads 5 bits: the table stands there twice.
+SWK_FN SWK_INLINE __m512i look_up_32(const uint8_t* codes, __m512i table) {
+  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  const __m512i wide = _mm512_cvtepu8_epi32(packed);
+  const __m512i index = _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
+  return _mm512_permutexvar_epi16(index, table);
 }
 #endif
 
-// The elements [p, p + n) of one block in float32; `base` [16] is what codes of 4 bits stand for.
-// `past_cache`: out is written past the caches; it must then lie on a boundary of 64 bytes.
+// The elements [p, p + n) of one block, rounded to Type; `base` [16] is what codes of 4 bits stand
+// for. `past_cache`: out is written past the caches; it must then lie on a boundary of 64 bytes.
+template <class Type>
 SWK_FN SWK_INLINE void decode_run(const uint8_t* codes, const Layout& layout, const float* base,
                                   int64_t p, int64_t n, int32_t zero, float scale,
-                                  float* SWK_RESTRICT out, bool past_cache) {
+                                  typename Type::Bits* SWK_RESTRICT out, bool past_cache) {
   const float shift = static_cast<float>(zero);
   if (layout.bytes()) {
-    (void)past_cache;
-    const uint8_t* const SWK_RESTRICT at = codes + p;
+    const auto* const SWK_RESTRICT integers = reinterpret_cast<const int8_t*>(codes + p);
     if (layout.symmetric) {
-      const auto* const SWK_RESTRICT integers = reinterpret_cast<const int8_t*>(at);
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(integers[i]) * scale;
+      for (int64_t i = 0; i < n; ++i) {
+        out[i] = from_float<Type>(static_cast<float>(integers[i]) * scale);
+      }
     } else {
-      for (int64_t i = 0; i < n; ++i) out[i] = (static_cast<float>(at[i]) - shift) * scale;
+      for (int64_t i = 0; i < n; ++i) {
+        const auto value = static_cast<float>(static_cast<uint8_t>(integers[i]));
+        out[i] = from_float<Type>((value - shift) * scale);
+      }
     }
     return;
   }
-  float values[16];
-  for (int i = 0; i < 16; ++i) values[i] = (base[i] - shift) * scale;
+  typename Type::Bits values[32];
+  for (int i = 0; i < 16; ++i) {
+    values[i] = values[i + 16] = from_float<Type>((base[i] - shift) * scale);
+  }
   int64_t i = 0;
   if (p % 2 && n > 0) out[i++] = values[codes[p / 2] & 15];
   const uint8_t* SWK_RESTRICT at = codes + (p + i) / 2;
 #ifdef SWK_ZMM
-  const __m512 table = _mm512_loadu_ps(values);
   past_cache = past_cache && i == 0;
+  const __m512i table = _mm512_loadu_si512(values);
   for (; i + 32 <= n; i += 32, at += 16) {
-    __m512 low, high;
-    look_up_32(at, table, low, high);
-    store_16(out + i, low, past_cache);
-    store_16(out + i + 16, high, past_cache);
+    __m512i parts[2];
+    constexpr int kParts = sizeof(typename Type::Bits) == 4 ? 2 : 1;
+    if constexpr (kParts == 2) {
+      __m512 low, high;
+      look_up_32(at, _mm512_castsi512_ps(table), low, high);
+      parts[0] = _mm512_castps_si512(low);
+      parts[1] = _mm512_castps_si512(high);
+    } else {
+      parts[0] = look_up_32(at, table);
+    }
+    for (int part = 0; part < kParts; ++part) {
+      auto* const to = out + i + 16 * part;
+      if (past_cache) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), parts[part]);
+      } else {
+        _mm512_storeu_si512(to, parts[part]);
+      }
+    }
   }
 #else
   (void)past_cache;
@@ -88,9 +108,11 @@ SWK_FN SWK_INLINE void decode_run(const uint8_t* codes, const Layout& layout, co
   if (i < n) out[i] = values[*at >> 4];
 }
 
-// The elements [begin, end), whatever their blocks, in float32.
+// The elements [begin, end), whatever their blocks.
+template <class Type>
 SWK_FN SWK_INLINE void decode(const uint8_t* codes, const Layout& layout, const Scales& scales,
-                              int64_t begin, int64_t end, float* out, bool past_cache) {
+                              int64_t begin, int64_t end, typename Type::Bits* out,
+                              bool past_cache) {
   float base[16];
   for (int i = 0; i < 16; ++i) base[i] = layout.value4(i);
   int64_t block = begin < end ? layout.block_of(begin) : 0;
@@ -98,10 +120,10 @@ SWK_FN SWK_INLINE void decode(const uint8_t* codes, const Layout& layout, const 
     const int64_t run_end = layout.r == 0 ? std::min(layout.elements(), (block + 1) * layout.c)
                                           : layout.run_end(p);
     const int64_t stop = std::min(end, run_end);
-    float* const to = out + (p - begin);
+    auto* const to = out + (p - begin);
     const bool aligned = past_cache && reinterpret_cast<uintptr_t>(to) % 64 == 0;
-    decode_run(codes, layout, base, p, stop - p, scales.zero_point(block),
-               scale_of(scales, block), to, aligned);
+    decode_run<Type>(codes, layout, base, p, stop - p, scales.zero_point(block),
+                     scale_of(scales, block), to, aligned);
     p = stop;
     if (p < end) block = layout.r == 0 ? block + 1 : layout.block_of(p);
   }

@@ -456,17 +456,63 @@ SWK_FN void rows_in_lanes(const Product& job, const Tokens& tokens, int64_t begi
 }
 #endif
 
+#ifdef SWK_ZMM
+// One row of bytes and kTokens tokens, as they come; blocks and rows are multiples of 16.
+template <int kTokens>
+SWK_FN SWK_INLINE void multiply_bytes(const Product& job, const Tokens& tokens, int64_t t0,
+                                      int64_t row, float* sums) {
+  const Layout& layout = job.layout;
+  const int64_t width = job.chunks() * kChunk, begin = row * layout.H, end = begin + layout.H;
+  const float* const x = tokens.values + t0 * width - begin;
+  __m512 total[kTokens];
+  for (int t = 0; t < kTokens; ++t) total[t] = _mm512_setzero_ps();
+  int64_t block = layout.block_of(begin), stop = layout.run_end(begin);
+  for (int64_t p = begin; p < end; stop += layout.c, ++block) {
+    const __m512 scale = _mm512_set1_ps(scale_of(job.scales, block));
+    const __m512i zero = _mm512_set1_epi32(job.scales.zero_point(block));
+    __m512 part[kTokens];
+    for (int t = 0; t < kTokens; ++t) part[t] = _mm512_setzero_ps();
+    for (const int64_t until = std::min(end, stop); p < until; p += 16) {
+      const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(job.codes + p));
+      const __m512i wide =
+          layout.symmetric ? _mm512_cvtepi8_epi32(codes) : _mm512_cvtepu8_epi32(codes);
+      const __m512 weights = _mm512_cvtepi32_ps(_mm512_sub_epi32(wide, zero));
+      for (int t = 0; t < kTokens; ++t) {
+        part[t] = _mm512_fmadd_ps(weights, _mm512_loadu_ps(x + t * width + p), part[t]);
+      }
+    }
+    for (int t = 0; t < kTokens; ++t) total[t] = _mm512_fmadd_ps(part[t], scale, total[t]);
+  }
+  for (int t = 0; t < kTokens; ++t) sums[t] = _mm512_reduce_add_ps(total[t]);
+}
+
+SWK_FN void rows_of_bytes(const Product& job, const Tokens& tokens, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    float sums[kMostTokens];
+    int64_t t = 0;
+    for (; t + 4 <= tokens.count; t += 4) multiply_bytes<4>(job, tokens, t, row, sums + t);
+    for (; t < tokens.count; ++t) multiply_bytes<1>(job, tokens, t, row, sums + t);
+    const int64_t outlier = job.outliers.from(row * job.layout.H);
+    for (t = 0; t < tokens.count; ++t) finish_row(job, tokens.first + t, row, sums[t], outlier);
+  }
+}
+#endif
+
 // The rows [begin, end) of W with a group of tokens.
 SWK_FN void multiply_rows(const Product& job, const Tokens& tokens, int64_t begin, int64_t end,
                           bool lanes) {
 #ifdef SWK_ZMM
   if (lanes) return rows_in_lanes(job, tokens, begin, end);
+  if (job.layout.bytes() && job.layout.H % 16 == 0 && job.layout.c % 16 == 0) {
+    return rows_of_bytes(job, tokens, begin, end);
+  }
 #endif
   (void)lanes;
   const int64_t H = job.layout.H, width = job.chunks() * kChunk;
   std::vector<float> row_values(static_cast<size_t>(width));
   for (int64_t row = begin; row < end; ++row) {
-    decode(job.codes, job.layout, job.scales, row * H, (row + 1) * H, row_values.data(), false);
+    decode<Float32>(job.codes, job.layout, job.scales, row * H, (row + 1) * H,
+                    reinterpret_cast<int32_t*>(row_values.data()), false);
     const int64_t outlier = job.outliers.from(row * H);
     for (int64_t t = 0; t < tokens.count; ++t) {
       const float sum = dot(row_values.data(), tokens.values + t * width, width);
