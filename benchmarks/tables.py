@@ -36,7 +36,11 @@ def readme_section(
             parts.append(f"![our time over the fastest other way]({figures[machine]})")
         parts.append(_slower_in_short(entries))
     for plot, study in studies.items():
-        parts += [f"**{study.study.model}, quantized**", _quality_in_short(study)]
+        about = study.study
+        title = (
+            f"**{about.model}, quantized** ({about.text}, {about.windows} x {about.window} tokens)"
+        )
+        parts += [title, _quality_in_short(study)]
         parts.append(f"![perplexity by block size]({plot})")
     return "\n\n".join(parts)
 
@@ -304,27 +308,35 @@ def _quality(study: quality.Table) -> list[str]:
 
 
 def _quality_in_short(study: quality.Table) -> str:
-    """Where keeping the super weights helps, and where it does not."""
+    """Where keeping weights exactly helps, and where it does not."""
+    said = (_against_plain(study, method) for method in (quality.PRESERVE, quality.LARGEST))
+    return f"Against plain rounding, beyond {_NOISE} standard errors: {'; '.join(said)}."
+
+
+def _against_plain(study: quality.Table, method: str) -> str:
     keys = [(bits, block) for bits in quality.BITS for block in quality.BLOCKS]
-    found = [(*key, study.ratio((*key, quality.PRESERVE), (*key, quality.PLAIN))) for key in keys]
-    found = [(bits, block, *ratio) for bits, block, ratio in found if ratio]
-    better = [cell for cell in found if cell[2] < 1 - _NOISE * cell[3]]
-    worse = [cell for cell in found if cell[2] > 1 + _NOISE * cell[3]]
-    say = "; ".join(
-        f"{bits} bits, {_block(block)}: x{value:.3g} +- {error:.1g}"
-        for bits, block, value, error in sorted(better, key=lambda cell: cell[2])[:_WORST]
+    found = [(*key, study.ratio((*key, method), (*key, quality.PLAIN))) for key in keys]
+    found = [(bits, block, *ratio) for bits, block, ratio in found if ratio]  # ratio, error
+    better = sorted((cell for cell in found if cell[2] < 1 - _NOISE * cell[3]), key=_ratio_of)
+    worse = sorted((cell for cell in found if cell[2] > 1 + _NOISE * cell[3]), key=_ratio_of)
+    most = f", most with {_listed(better[:_WORST])}" if better else ""
+    where = f", with {_listed(worse)}" if worse else ""
+    return (
+        f"*{method}* is better in {len(better)} of {len(found)} cells{most}, and worse in "
+        f"{len(worse)}{where}"
     )
-    text = (
-        f"Preserving super weights against plain rounding, beyond {_NOISE} standard errors: better "
-        f"in {len(better)} of {len(found)} cells"
+
+
+def _ratio_of(cell: tuple) -> float:
+    return cell[2]
+
+
+def _listed(cells: list[tuple]) -> str:
+    named = (
+        f"{bits} bits and blocks of {_block(block)} (x{ratio:.4g} +- {error:.1g})"
+        for bits, block, ratio, error in cells
     )
-    text += f" (most: {say})" if say else ""
-    text += f", worse in {len(worse)}"
-    listed = "; ".join(
-        f"{bits} bits, {_block(block)}: x{value:.3g} +- {error:.1g}"
-        for bits, block, value, error in worse
-    )
-    return text + (f" ({listed})." if listed else ".")
+    return ", ".join(named).replace("blocks of tensor", "the whole tensor")
 
 
 def _clips(tried: Sequence[float | None]) -> str:

@@ -68,8 +68,9 @@ def test_what_the_page_says_of_the_cells():
         cell((8, 256, PLAIN), 14.0, 15.0), cell((8, 256, PRESERVE), 14.0, 15.0),
     )  # fmt: skip
     *_, said = tables._quality(found)
-    assert "better in 1 of 3 cells (most: 4 bits, 64: x0.4" in said
-    assert "worse in 1 (8 bits, 64: x1.01" in said
+    assert "*preserve* is better in 1 of 3 cells, most with 4 bits and blocks of 64 (x0.4" in said
+    assert "and worse in 1, with 8 bits and blocks of 64 (x1.01" in said
+    assert "*preserve, largest* is better in 0 of 0 cells, and worse in 0." in said
 
 
 @pytest.fixture
@@ -218,11 +219,15 @@ def test_bad_input_is_said_in_a_line(small, capsys):
 def test_the_record_that_is_kept_shows_what_preserving_is_for():
     """Never worse than plain beyond noise, and a gap that opens as blocks grow."""
     (found,) = quality.read_all(records.RESULTS).values()
+    assert len(found.cells) == 1 + 2 * len(quality.BLOCKS) * len(quality.METHODS)
+
+    def over_plain(bits, block, method):
+        return found.ratio((bits, block, method), (bits, block, PLAIN))
+
     for bits in quality.BITS:
         for block in quality.BLOCKS:
-            ratio, error = found.ratio((bits, block, PRESERVE), (bits, block, PLAIN))
+            ratio, error = over_plain(bits, block, LARGEST)
             assert ratio <= 1 + 3 * error, (bits, block)
-    small, large = (
-        found.ratio((4, block, PRESERVE), (4, block, PLAIN)) for block in (64, quality.TENSOR)
-    )
-    assert large[0] + 3 * large[1] < small[0] - 3 * small[1]
+    large = [over_plain(4, block, PRESERVE) for block in (65536, 262144, quality.TENSOR)]
+    assert large[0][0] + 3 * large[0][1] < 1
+    assert large[2][0] < large[1][0] < large[0][0]
