@@ -54,7 +54,7 @@ struct Product {
 struct Tokens {
   int64_t first, count;
   const float* values;  // [count, chunks * kChunk], padded with 0
-  const float* sums;    // [count, chunks * kLanes]: of each lane, for zero points
+  const float* sums;    // [count, chunks * kLanes]: of each lane, for the zero points of halves
   const uint16_t* halves;  // [count, chunks * kChunk] bfloat16 in pairs, or null
 };
 
@@ -273,27 +273,27 @@ struct Lanes {
     const __mmask16 mask = c + 1 < chunks ? __mmask16{0xFFFF} : last;
     return _mm512_maskz_loadu_epi32(mask, codes + r * row_bytes + c * kChunk / 2);
   }
-  // total += (part - zero * sum of the lane's tokens) * scale
-  SWK_FN SWK_INLINE __m512 add(__m512 total, __m512 part, int r, int64_t c, const float* sums) const {
-    const int64_t at = (r * chunks + c) * kLanes;
-    if (zeros) part = _mm512_fnmadd_ps(_mm512_loadu_ps(zeros + at), _mm512_loadu_ps(sums), part);
-    return _mm512_fmadd_ps(part, _mm512_loadu_ps(scales + at), total);
+  SWK_FN SWK_INLINE __m512 scale(int r, int64_t c) const {
+    return _mm512_loadu_ps(scales + (r * chunks + c) * kLanes);
+  }
+  SWK_FN SWK_INLINE __m512 zero(int r, int64_t c) const {
+    return _mm512_loadu_ps(zeros + (r * chunks + c) * kLanes);
   }
 };
 
 // kRows rows and one token: an element of all rows at once. sums[r * stride].
-template <int kRows>
+template <int kRows, bool kShift>
 SWK_FN SWK_INLINE void multiply_token(const Lanes& lanes, const Tokens& tokens, int64_t t,
                                       __m512 table, float* sums, int64_t stride) {
   const float* const x = tokens.values + t * lanes.chunks * kChunk;
-  const float* const lane_sums = tokens.sums + t * lanes.chunks * kLanes;
   __m512 total[kRows];
   for (int r = 0; r < kRows; ++r) total[r] = _mm512_setzero_ps();
   for (int64_t c = 0; c < lanes.chunks; ++c) {
     __m512i packed[kRows];
-    __m512 part[kRows];
+    __m512 part[kRows], zero[kRows];
     for (int r = 0; r < kRows; ++r) {
       packed[r] = lanes.load(r, c);
+      if constexpr (kShift) zero[r] = lanes.zero(r, c);
       part[r] = _mm512_setzero_ps();
     }
 #pragma GCC unroll 8
@@ -301,11 +301,13 @@ SWK_FN SWK_INLINE void multiply_token(const Lanes& lanes, const Tokens& tokens, 
       const __m512 values = _mm512_loadu_ps(x + c * kChunk + i * kLanes);
       for (int r = 0; r < kRows; ++r) {
         const __m512i index = _mm512_srli_epi32(packed[r], static_cast<unsigned>(4 * i));
-        part[r] = _mm512_fmadd_ps(_mm512_permutexvar_ps(index, table), values, part[r]);
+        __m512 weights = _mm512_permutexvar_ps(index, table);
+        if constexpr (kShift) weights = _mm512_sub_ps(weights, zero[r]);
+        part[r] = _mm512_fmadd_ps(weights, values, part[r]);
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      total[r] = lanes.add(total[r], part[r], r, c, lane_sums + c * kLanes);
+      total[r] = _mm512_fmadd_ps(part[r], lanes.scale(r, c), total[r]);
     }
   }
   for (int r = 0; r < kRows; ++r) sums[r * stride] = _mm512_reduce_add_ps(total[r]);
@@ -313,12 +315,11 @@ SWK_FN SWK_INLINE void multiply_token(const Lanes& lanes, const Tokens& tokens, 
 
 // kRows rows and kTokens tokens, a chunk of one row after the other, so that the tokens' chunk is
 // read from the nearest cache. sums[r * stride + t].
-template <int kRows, int kTokens>
+template <int kRows, int kTokens, bool kShift>
 SWK_FN SWK_INLINE void multiply_tokens(const Lanes& lanes, const Tokens& tokens, int64_t t0,
                                        __m512 table, float* sums, int64_t stride) {
   const int64_t width = lanes.chunks * kChunk;
   const float* const x = tokens.values + t0 * width;
-  const float* const lane_sums = tokens.sums + t0 * lanes.chunks * kLanes;
   __m512 total[kRows][kTokens];
   for (int r = 0; r < kRows; ++r) {
     for (int t = 0; t < kTokens; ++t) total[r][t] = _mm512_setzero_ps();
@@ -327,20 +328,21 @@ SWK_FN SWK_INLINE void multiply_tokens(const Lanes& lanes, const Tokens& tokens,
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const __m512i packed = lanes.load(r, c);
+      const __m512 zero = kShift ? lanes.zero(r, c) : _mm512_setzero_ps();
       __m512 part[kTokens];
       for (int t = 0; t < kTokens; ++t) part[t] = _mm512_setzero_ps();
 #pragma GCC unroll 8
       for (int i = 0; i < kLaneElements; ++i) {
         const __m512i index = _mm512_srli_epi32(packed, static_cast<unsigned>(4 * i));
-        const __m512 weights = _mm512_permutexvar_ps(index, table);
+        __m512 weights = _mm512_permutexvar_ps(index, table);
+        if constexpr (kShift) weights = _mm512_sub_ps(weights, zero);
         for (int t = 0; t < kTokens; ++t) {
           const __m512 values = _mm512_loadu_ps(x + t * width + c * kChunk + i * kLanes);
           part[t] = _mm512_fmadd_ps(weights, values, part[t]);
         }
       }
       for (int t = 0; t < kTokens; ++t) {
-        total[r][t] =
-            lanes.add(total[r][t], part[t], r, c, lane_sums + (t * lanes.chunks + c) * kLanes);
+        total[r][t] = _mm512_fmadd_ps(part[t], lanes.scale(r, c), total[r][t]);
       }
     }
   }
@@ -380,8 +382,11 @@ SWK_FN_BF16 void multiply_halves(const Lanes& lanes, const Tokens& tokens, int64
         }
       }
       for (int t = 0; t < kTokens; ++t) {
-        total[r][t] =
-            lanes.add(total[r][t], part[t], r, c, lane_sums + (t * lanes.chunks + c) * kLanes);
+        if (lanes.zeros) {
+          const float* const sums_of = lane_sums + (t * lanes.chunks + c) * kLanes;
+          part[t] = _mm512_fnmadd_ps(lanes.zero(r, c), _mm512_loadu_ps(sums_of), part[t]);
+        }
+        total[r][t] = _mm512_fmadd_ps(part[t], lanes.scale(r, c), total[r][t]);
       }
     }
   }
@@ -391,7 +396,7 @@ SWK_FN_BF16 void multiply_halves(const Lanes& lanes, const Tokens& tokens, int64
 }
 
 // All tokens of a group with kRows rows. sums [kRows, kMostTokens].
-template <int kRows>
+template <int kRows, bool kShift>
 SWK_FN SWK_INLINE void multiply_group(const Lanes& lanes, const Tokens& tokens, __m512 table,
                                       __m512i table16, float* sums) {
   int64_t t = 0;
@@ -405,20 +410,21 @@ SWK_FN SWK_INLINE void multiply_group(const Lanes& lanes, const Tokens& tokens, 
     return;
   }
   for (; t + 4 <= tokens.count; t += 4) {
-    multiply_tokens<kRows, 4>(lanes, tokens, t, table, sums + t, kMostTokens);
+    multiply_tokens<kRows, 4, kShift>(lanes, tokens, t, table, sums + t, kMostTokens);
   }
   for (; t < tokens.count; ++t) {
-    multiply_token<kRows>(lanes, tokens, t, table, sums + t, kMostTokens);
+    multiply_token<kRows, kShift>(lanes, tokens, t, table, sums + t, kMostTokens);
   }
 }
 
+template <bool kShift>
 SWK_FN void rows_in_lanes(const Product& job, const Tokens& tokens, int64_t begin, int64_t end) {
   constexpr int kRowsAtOnce = 4;
   const Layout& layout = job.layout;
   const int64_t places = job.chunks() * kLanes;
   std::vector<float> scales(static_cast<size_t>(kRowsAtOnce * places));
-  std::vector<float> zeros(layout.symmetric ? 0 : scales.size());
-  float* const shift = layout.symmetric ? nullptr : zeros.data();
+  std::vector<float> zeros(kShift ? scales.size() : 0);
+  float* const shift = kShift ? zeros.data() : nullptr;
   float values[16];
   uint16_t words[32];
   for (int i = 0; i < 16; ++i) {
@@ -436,11 +442,12 @@ SWK_FN void rows_in_lanes(const Product& job, const Tokens& tokens, int64_t begi
     float sums[kRowsAtOnce][kMostTokens];
     const Lanes lanes(job, row, scales.data(), shift);
     if (rows == kRowsAtOnce) {
-      multiply_group<kRowsAtOnce>(lanes, tokens, table, table16, sums[0]);
+      multiply_group<kRowsAtOnce, kShift>(lanes, tokens, table, table16, sums[0]);
     } else {
       for (int r = 0; r < rows; ++r) {
-        const Lanes one(job, row + r, scales.data() + r * places, shift ? shift + r * places : shift);
-        multiply_group<1>(one, tokens, table, table16, sums[r]);
+        const int64_t at = r * places;
+        const Lanes one(job, row + r, scales.data() + at, kShift ? shift + at : shift);
+        multiply_group<1, kShift>(one, tokens, table, table16, sums[r]);
       }
     }
     for (int r = 0; r < rows; ++r) {
@@ -502,7 +509,10 @@ SWK_FN void rows_of_bytes(const Product& job, const Tokens& tokens, int64_t begi
 SWK_FN void multiply_rows(const Product& job, const Tokens& tokens, int64_t begin, int64_t end,
                           bool lanes) {
 #ifdef SWK_ZMM
-  if (lanes) return rows_in_lanes(job, tokens, begin, end);
+  if (lanes) {
+    return job.layout.symmetric ? rows_in_lanes<false>(job, tokens, begin, end)
+                                : rows_in_lanes<true>(job, tokens, begin, end);
+  }
   if (job.layout.bytes() && job.layout.H % 16 == 0 && job.layout.c % 16 == 0) {
     return rows_of_bytes(job, tokens, begin, end);
   }

@@ -47,7 +47,7 @@ def quant_linear(
 def _in_slabs(x, packed, bias, plan, slab_bytes) -> torch.Tensor:
     """Dequantize as many rows as stay in a cache, and let the library multiply."""
     D, H = plan.rows, plan.columns
-    rows = min(D, max(1, slab_bytes // max(1, H * x.itemsize)))
+    rows = max(1, min(D, slab_bytes // max(1, H * x.itemsize)))
     y = torch.empty(len(x), D, dtype=x.dtype)
     slab = torch.empty(rows, H, dtype=x.dtype)
     for first in range(0, D, rows):
