@@ -106,12 +106,12 @@ def test_whole_numbers_give_exact_sums(backend, dtype, tokens):
 def test_error_is_at_most_twice_that_of_linear_on_the_dequantized_weight(
     backend, dtype, code, symmetric
 ):
-    D = 8 if interpreted(backend) else 70
+    D = 20 if interpreted(backend) else 70
     q = quantize(normal(D, 250) * 0.1, code, symmetric, 64, largest=30)
     bias = normal(D, seed=4)
-    weight, most = q.dequantize(dtype), 16 if interpreted(backend) else 48
-    for tokens in some_of(backend, TOKENS, 3):
-        x = normal(max(tokens, most), 250, dtype=dtype, seed=5)
+    weight = q.dequantize(dtype)
+    for tokens in TOKENS if not interpreted(backend) else (16,):
+        x = normal(max(tokens, 16 if interpreted(backend) else 48), 250, dtype=dtype, seed=5)
         exact = F.linear(x.double(), q.dequantize().double(), bias.to(dtype).double())
         parts = x.split(tokens)
         theirs = torch.cat([F.linear(part, weight, bias.to(dtype)) for part in parts]) - exact
