@@ -18,11 +18,9 @@ from swkernels.backends.plan import Code
 EXACT = {"enable_fp_fusion": False}  # a product and a sum are rounded one after the other
 TINY = tl.constexpr(2.0**-126)  # as in backends.blocks
 # 1.5 * 2^23: adding it rounds |v| < 2^22 to the nearest integer, ties to even, which then stands
-# in the low bits. 2^23, likewise, makes a float32 of an integer in its low 23 bits.
+# in the low bits.
 _ROUNDER = tl.constexpr(12582912.0)
 _ROUNDER_BITS = tl.constexpr(0x4B400000)
-_FLOATER = tl.constexpr(8388608.0)
-_FLOATER_BITS = tl.constexpr(0x4B000000)
 
 
 # --- blocks ---
@@ -120,22 +118,23 @@ def table(code: Code, device: torch.device) -> torch.Tensor:
 
 @triton.jit
 def bias_of(zero_points, block, mask, BITS: tl.constexpr, ZERO: tl.constexpr):
-    """What ``value_of`` subtracts in each block."""
+    """What ``value_of`` subtracts in each block, float32."""
     if zero_points is None:
         offset: tl.constexpr = ZERO if BITS == 4 else 128
-        return tl.full(block.shape, offset, tl.float32) + _FLOATER
+        return tl.full(block.shape, offset, tl.float32)
     else:
-        return tl.load(zero_points + block, mask=mask, other=0).to(tl.float32) + _FLOATER
+        return tl.load(zero_points + block, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
-def value_of(code, bias, values, SIGNED: tl.constexpr, TABLE: tl.constexpr):
-    """What codes (int32) stand for before the scale, exact: no conversion, which is slow."""
+def value_of(code, bias, values, SIGNED: tl.constexpr, TABLE: tl.constexpr, AT: tl.constexpr = 0):
+    """What codes (int32), each AT bits further up, stand for before the scale; exact."""
     if TABLE:
-        return tl.load(values + code)
+        return tl.load(values + (code >> AT))
     else:
-        bits = ((code ^ 128) if SIGNED else code) | _FLOATER_BITS
-        return bits.to(tl.float32, bitcast=True) - bias
+        # Under the exponent of 2^(23 - AT) bit AT is worth 1: neither a shift nor a conversion.
+        bits = ((code ^ (128 << AT)) if SIGNED else code) | ((150 - AT) << 23)
+        return bits.to(tl.float32, bitcast=True) - (bias + 2.0 ** (23 - AT))
 
 
 # --- exact arithmetic, as in backends.blocks ---

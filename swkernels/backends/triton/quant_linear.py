@@ -53,6 +53,16 @@ def _listed(
     return tl.where(i < stop, row, -1), position - row * H, -decoded, value
 
 
+@triton.jit
+def _unpacked(words, bias, table, PLACE: tl.constexpr, BITS, SIGNED, TABLE):
+    """The PLACE-th code of each word, less its bias. Only those of a high half are shifted."""
+    # The first of two 4-bit codes has the high half of its byte.
+    shift: tl.constexpr = (4 * PLACE) ^ 4 if BITS == 4 else 8 * PLACE
+    low: tl.constexpr = shift % 16
+    code = (words >> (shift - low)) & ((2**BITS - 1) << low)
+    return value_of(code, bias, table, SIGNED, TABLE, low)
+
+
 @triton.jit(do_not_specialize=["T", "k", "share"])
 def quant_linear_vector_kernel(
     x,  # [T, H]
@@ -90,6 +100,7 @@ def quant_linear_vector_kernel(
     rows = start_d + tl.arange(0, BLOCK_D)
     # A row past the end reads the last row again: its result is not stored.
     row = tl.minimum(rows, D - 1)
+    blocks_above = row // r * across  # no compiler moves a division out of a loop
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, H // PER)
     signed: tl.constexpr = BITS == 8 and zero_points is None
@@ -100,7 +111,7 @@ def quant_linear_vector_kernel(
         flat = row[:, None] * (H // PER) + word[None, :]
         packed = tl.load(words + flat, mask=there, other=0)  # [BLOCK_D, BLOCK_W]
         if TILES:
-            block = (row // r * across)[:, None] + (word * PER // c)[None, :]
+            block = blocks_above[:, None] + (word * PER // c)[None, :]
         else:
             block = flat * PER // RUN
         scale = tl.load(scales + block, mask=there, other=0.0).to(tl.float32)
@@ -108,9 +119,7 @@ def quant_linear_vector_kernel(
         at = x + tokens.to(tl.int64)[:, None] * stride_xt + (word * PER)[None, :]
         part = tl.zeros([BLOCK_T, BLOCK_D, BLOCK_W], tl.float32)
         for place in tl.static_range(PER):
-            # The first of two 4-bit codes has the high half of its byte.
-            code = packed >> ((4 * place) ^ 4 if BITS == 4 else 8 * place)
-            weight = value_of(code & (2**BITS - 1), offset, table, signed, TABLE)
+            weight = _unpacked(packed, offset, table, place, BITS, signed, TABLE)
             column = tl.load(at + place, mask=(tokens < T)[:, None] & there, other=0.0)
             part += weight[None, :, :] * column.to(tl.float32)[:, None, :]
         sums += part * scale[None, :, :]
@@ -172,6 +181,7 @@ def quant_linear_dot_kernel(
     rows = start_d + tl.arange(0, BLOCK_D)
     # Rows past the end read the last row again: their results are not stored.
     row, token = tl.minimum(rows, D - 1), tl.minimum(tokens, T - 1).to(tl.int64)
+    blocks_above = row // r * across
     signed: tl.constexpr = BITS == 8 and zero_points is None
     dtype: tl.constexpr = x.dtype.element_ty
     near = tl.arange(0, BLOCK_H)
@@ -180,7 +190,7 @@ def quant_linear_dot_kernel(
     for h in range(0, H, BLOCK_H):
         flat = row * H + h  # BLOCK_H elements from here on share a block
         if TILES:
-            block = row // r * across + h // c
+            block = blocks_above + h // c
         else:
             block = flat // c
         scale = tl.load(scales + block).to(tl.float32)[:, None]
