@@ -30,6 +30,7 @@ namespace swk {
 constexpr int64_t kChunk = 128;    // elements of a row at once
 constexpr int kLaneElements = 8;   // of a lane
 constexpr int kLanes = 16;
+constexpr int kRowsAtOnce = 4;     // of W, so that tokens are read from the cache less often
 constexpr int64_t kMostTokens = 16;  // that share one reading of the codes
 
 struct Product {
@@ -50,12 +51,12 @@ struct Product {
   }
 };
 
-// Tokens [first, first + count) in float32, in the order that the kernel wants.
+// Tokens [first, first + count), padded with 0: either values or halves.
 struct Tokens {
   int64_t first, count;
-  const float* values;  // [count, chunks * kChunk], padded with 0
-  const float* sums;    // [count, chunks * kLanes]: of each lane, for the zero points of halves
-  const uint16_t* halves;  // [count, chunks * kChunk] bfloat16 in pairs, or null
+  const float* values;     // [count, chunks * kChunk] in float32
+  const float* sums;       // [count, chunks * kLanes]: of each lane, for the zero points of halves
+  const uint16_t* halves;  // [count, chunks * kChunk] in bfloat16, or null
 };
 
 }  // namespace swk
@@ -82,17 +83,19 @@ void multiply(const Product& job, int threads, int isa) {
   const bool lanes = isa == SWK_ISA_AVX512 && job.in_lanes();
   // Integers of 4 bits are exact in bfloat16, and so are products of them with its numbers.
   const bool halves = lanes && job.dtype == SWK_BFLOAT16 && !job.layout.table() &&
-                      job.T > 2 && has_bfloat16_dot();
+                      has_bfloat16_dot();
   const int64_t group = std::min(job.T, kMostTokens);
-  std::vector<float> values(static_cast<size_t>(group * width));
-  std::vector<float> sums(static_cast<size_t>(group * job.chunks() * kLanes));
+  std::vector<float> values(static_cast<size_t>(halves ? 0 : group * width));
+  std::vector<float> sums(
+      static_cast<size_t>(halves && !job.layout.symmetric ? group * job.chunks() * kLanes : 0));
   std::vector<uint16_t> pairs(static_cast<size_t>(halves ? group * width : 0));
   const auto arrange = SWK_FOR_ISA(isa, arrange_tokens);
   const auto rows = SWK_FOR_ISA(isa, multiply_rows);
-  // Rows that are worth a task, a multiple of those that the kernel takes at once.
-  constexpr int64_t kGrain = 64 << 10;
+  // Some tasks for every thread, of rows that are worth one, in multiples of what is taken at once.
+  constexpr int64_t kGrain = 32 << 10, kMostRows = 64;
   const int64_t H = std::max<int64_t>(1, job.layout.H), D = job.layout.D;
-  const int64_t chunk = std::clamp<int64_t>(kGrain / H / 4 * 4, 4, 256);
+  const int64_t share = std::min(kMostRows, D / (8 * std::max(threads, 1)));
+  const int64_t chunk = (std::max(share, kGrain / H) / kRowsAtOnce + 1) * kRowsAtOnce;
   std::atomic<bool> failed{false};
   for (int64_t first = 0; first < job.T; first += group) {
     const int64_t count = std::min(group, job.T - first);
@@ -146,49 +149,47 @@ SWK_FN SWK_INLINE float token_of(const Product& job, int64_t t, int64_t column) 
   return value_of(job.x, job.dtype, t * job.x_stride + column);
 }
 
-// Token `first` + t of x in float32; where `lanes`, element 8 l + (i ^ 1) of a chunk goes to
-// place 16 i + l.
+// Tokens [first, first + count) as the kernels want them. In lanes, element 8 l + (i ^ 1) of a chunk
+// goes to place 16 i + l; of halves, element 4 w + (i ^ 1) to place 32 i + w.
 SWK_FN void arrange_tokens(const Product& job, int64_t first, int64_t count, bool lanes,
                            float* values, float* sums, uint16_t* halves) {
   const int64_t H = job.layout.H, chunks = job.chunks(), width = chunks * kChunk;
   std::vector<float> row(static_cast<size_t>(width));
   for (int64_t t = 0; t < count; ++t) {
     const int64_t at = (first + t) * job.x_stride;
+    float* const natural = lanes ? row.data() : values + t * width;
     if (job.dtype == SWK_FLOAT32) {
-      std::memcpy(row.data(), static_cast<const float*>(job.x) + at,
+      std::memcpy(natural, static_cast<const float*>(job.x) + at,
                   static_cast<size_t>(H) * sizeof(float));
     } else if (job.dtype == SWK_BFLOAT16) {
       const auto* const x = static_cast<const int16_t*>(job.x) + at;
-      for (int64_t i = 0; i < H; ++i) row[static_cast<size_t>(i)] = to_float<BFloat16>(x[i]);
+      for (int64_t i = 0; i < H; ++i) natural[i] = to_float<BFloat16>(x[i]);
     } else {
       const auto* const x = static_cast<const int16_t*>(job.x) + at;
-      for (int64_t i = 0; i < H; ++i) row[static_cast<size_t>(i)] = to_float<Float16>(x[i]);
+      for (int64_t i = 0; i < H; ++i) natural[i] = to_float<Float16>(x[i]);
     }
-    float* const out = values + t * width;
-    if (!lanes) {
-      std::memcpy(out, row.data(), static_cast<size_t>(width) * sizeof(float));
-      continue;
-    }
-    for (int64_t c = 0; c < chunks; ++c) {
-      const float* const from = row.data() + c * kChunk;
-      float* const to = out + c * kChunk;
-      float* const sum = sums + (t * chunks + c) * kLanes;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        float total = 0.0f;
+    for (int64_t c = 0; lanes && c < chunks; ++c) {
+      const float* const from = natural + c * kChunk;
+      if (!halves) {
+        float* const to = values + t * width + c * kChunk;
         for (int i = 0; i < kLaneElements; ++i) {
-          const float value = from[kLaneElements * lane + (i ^ 1)];
-          to[kLanes * i + lane] = value;
-          total += value;
+          for (int lane = 0; lane < kLanes; ++lane) {
+            to[kLanes * i + lane] = from[kLaneElements * lane + (i ^ 1)];
+          }
         }
-        sum[lane] = total;
+        continue;
       }
-      if (!halves) continue;
-      // 32 words of 4 elements each: word w of shift i has element 4 w + (i ^ 1).
       uint16_t* const words = halves + t * width + c * kChunk;
       for (int i = 0; i < 4; ++i) {
         for (int w = 0; w < 32; ++w) {
           words[32 * i + w] = static_cast<uint16_t>(bits_of(from[4 * w + (i ^ 1)]) >> 16);
         }
+      }
+      if (job.layout.symmetric) continue;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        float total = 0.0f;
+        for (int i = 0; i < kLaneElements; ++i) total += from[kLaneElements * lane + i];
+        sums[(t * chunks + c) * kLanes + lane] = total;
       }
     }
   }
@@ -230,24 +231,56 @@ SWK_FN SWK_INLINE float dot(const float* SWK_RESTRICT a, const float* SWK_RESTRI
 }
 
 #ifdef SWK_ZMM
-// The scale and the zero point of every lane of a row [chunks * kLanes].
+// Up to 16 scales from `block` on, and zero points.
+SWK_FN SWK_INLINE __m512 load_scales(const Scales& from, int64_t block, __mmask16 mask) {
+  if (from.dtype == SWK_FLOAT32) {
+    return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(from.values) + block);
+  }
+  return _mm512_cvtph_ps(
+      _mm256_maskz_loadu_epi16(mask, static_cast<const int16_t*>(from.values) + block));
+}
+SWK_FN SWK_INLINE __m512 load_zeros(const Scales& from, int64_t block, __mmask16 mask) {
+  if (from.zero_bytes == 4) {
+    return _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(
+        mask, static_cast<const int32_t*>(from.zero_points) + block));
+  }
+  return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(
+      _mm256_maskz_loadu_epi16(mask, static_cast<const int16_t*>(from.zero_points) + block)));
+}
+
+// The scale and, where there are any, the zero point of every lane of a row [chunks * kLanes].
 SWK_FN void lane_scales(const Product& job, int64_t row, float* scales, float* zeros) {
   const Layout& layout = job.layout;
   const int64_t lanes = layout.H / kLaneElements, begin = row * layout.H;
+  const int64_t wide = layout.c / kLaneElements;  // lanes of a block
   int64_t block = layout.block_of(begin);
+  if (layout.r == 0 && layout.H % layout.c == 0 && kLanes % wide == 0) {
+    // Whole blocks in each chunk: every lane takes one of its scales.
+    const int64_t count = kLanes / wide, blocks = layout.H / layout.c;
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i taken =
+        _mm512_srli_epi32(lane, static_cast<unsigned>(__builtin_ctzll(static_cast<uint64_t>(wide))));
+    for (int64_t at = 0; at < blocks; at += count, scales += kLanes) {
+      const auto left = static_cast<unsigned>(std::min(count, blocks - at));
+      const auto mask = static_cast<__mmask16>(0xFFFFu >> (kLanes - left));
+      _mm512_storeu_ps(scales, _mm512_permutexvar_ps(
+                                   taken, load_scales(job.scales, block + at, mask)));
+      if (!zeros) continue;
+      _mm512_storeu_ps(zeros,
+                       _mm512_permutexvar_ps(taken, load_zeros(job.scales, block + at, mask)));
+      zeros += kLanes;
+    }
+    return;
+  }
   int64_t stop = (layout.run_end(begin) - begin) / kLaneElements;
   for (int64_t lane = 0; lane < lanes; ++block) {
     const int64_t end = std::min(lanes, stop);
-    const __m512 scale = _mm512_set1_ps(scale_of(job.scales, block));
-    const __m512 zero = _mm512_set1_ps(static_cast<float>(job.scales.zero_point(block)));
-    for (; lane < end; lane += kLanes) {
-      const auto left = static_cast<unsigned>(std::min<int64_t>(kLanes, end - lane));
-      const auto mask = static_cast<__mmask16>(0xFFFFu >> (kLanes - left));
-      _mm512_mask_storeu_ps(scales + lane, mask, scale);
-      if (zeros) _mm512_mask_storeu_ps(zeros + lane, mask, zero);
+    std::fill(scales + lane, scales + end, scale_of(job.scales, block));
+    if (zeros) {
+      std::fill(zeros + lane, zeros + end, static_cast<float>(job.scales.zero_point(block)));
     }
     lane = end;
-    stop = end + layout.c / kLaneElements;
+    stop = end + wide;
   }
 }
 
@@ -271,7 +304,10 @@ struct Lanes {
 
   SWK_FN SWK_INLINE __m512i load(int r, int64_t c) const {
     const __mmask16 mask = c + 1 < chunks ? __mmask16{0xFFFF} : last;
-    return _mm512_maskz_loadu_epi32(mask, codes + r * row_bytes + c * kChunk / 2);
+    const uint8_t* const at = codes + r * row_bytes + c * kChunk / 2;
+    // The same place in the rows that come next: rows are too short for hardware to foresee them.
+    _mm_prefetch(reinterpret_cast<const char*>(at + kRowsAtOnce * row_bytes), _MM_HINT_T1);
+    return _mm512_maskz_loadu_epi32(mask, at);
   }
   SWK_FN SWK_INLINE __m512 scale(int r, int64_t c) const {
     return _mm512_loadu_ps(scales + (r * chunks + c) * kLanes);
@@ -404,6 +440,9 @@ SWK_FN SWK_INLINE void multiply_group(const Lanes& lanes, const Tokens& tokens, 
     for (; t + 4 <= tokens.count; t += 4) {
       multiply_halves<kRows, 4>(lanes, tokens, t, table16, sums + t, kMostTokens);
     }
+    for (; t + 2 <= tokens.count; t += 2) {
+      multiply_halves<kRows, 2>(lanes, tokens, t, table16, sums + t, kMostTokens);
+    }
     for (; t < tokens.count; ++t) {
       multiply_halves<kRows, 1>(lanes, tokens, t, table16, sums + t, kMostTokens);
     }
@@ -412,6 +451,9 @@ SWK_FN SWK_INLINE void multiply_group(const Lanes& lanes, const Tokens& tokens, 
   for (; t + 4 <= tokens.count; t += 4) {
     multiply_tokens<kRows, 4, kShift>(lanes, tokens, t, table, sums + t, kMostTokens);
   }
+  for (; t + 2 <= tokens.count; t += 2) {
+    multiply_tokens<kRows, 2, kShift>(lanes, tokens, t, table, sums + t, kMostTokens);
+  }
   for (; t < tokens.count; ++t) {
     multiply_token<kRows, kShift>(lanes, tokens, t, table, sums + t, kMostTokens);
   }
@@ -419,7 +461,6 @@ SWK_FN SWK_INLINE void multiply_group(const Lanes& lanes, const Tokens& tokens, 
 
 template <bool kShift>
 SWK_FN void rows_in_lanes(const Product& job, const Tokens& tokens, int64_t begin, int64_t end) {
-  constexpr int kRowsAtOnce = 4;
   const Layout& layout = job.layout;
   const int64_t places = job.chunks() * kLanes;
   std::vector<float> scales(static_cast<size_t>(kRowsAtOnce * places));
