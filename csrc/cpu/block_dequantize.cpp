@@ -50,9 +50,11 @@ int swk_cpu_block_dequantize(const uint8_t* codes, int64_t D, int64_t H, int64_t
   if (begin < 0 || end < begin || end > layout.elements()) return SWK_BAD_INDEX;
   if (begin == end) return SWK_OK;
   if (!codes || !scales || !out || (k > 0 && !values)) return SWK_BAD_SIZE;
-  constexpr int64_t kTask = 64 << 10;      // elements: even, and a multiple of a cache line
-  constexpr int64_t kCaches = 16LL << 20;  // bytes that are worth the way past the caches
+  // Elements of a task: even, and a multiple of a cache line. In a large output each thread gets
+  // huge pages of its own: the first write to one waits until all of it has been cleared.
+  constexpr int64_t kCaches = 16 << 20;  // bytes that are worth the way past the caches
   const int64_t bytes = (end - begin) * (dtype == SWK_FLOAT32 ? 4 : 2);
+  const int64_t kTask = bytes > kCaches ? 1 << 20 : 64 << 10;
   expect_writes(out, bytes);
   const Unpacking job{codes, layout, given, outliers, begin, out, bytes > kCaches};
 #define SWK_KERNEL unpack<Float32>

@@ -38,6 +38,19 @@ SWK_FN SWK_INLINE void look_up_32(const uint8_t* codes, __m512 table, __m512& lo
   high = _mm512_permutex2var_ps(even, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd);
 }
 
+// 16 finite values rounded to Type, as a table in a register: once, or twice where of 16 bits.
+template <class Type>
+SWK_FN SWK_INLINE __m512i table_of(__m512 values) {
+  const __m512i bits = _mm512_castps_si512(values);
+  if constexpr (sizeof(typename Type::Bits) == 4) return bits;
+  if constexpr (Type::kInfinity == Float16::kInfinity) {
+    return _mm512_broadcast_i64x4(_mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+  }
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+}
+
 // The same of 16 bits each. The permutation reads 5 bits: the table stands there twice.
 SWK_FN SWK_INLINE __m512i look_up_32(const uint8_t* codes, __m512i table) {
   const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
@@ -68,16 +81,14 @@ SWK_FN SWK_INLINE void decode_run(const uint8_t* codes, const Layout& layout, co
     }
     return;
   }
-  typename Type::Bits values[32];
-  for (int i = 0; i < 16; ++i) {
-    values[i] = values[i + 16] = from_float<Type>((base[i] - shift) * scale);
-  }
+  const auto value = [&](int code) SWK_FN { return from_float<Type>((base[code] - shift) * scale); };
   int64_t i = 0;
-  if (p % 2 && n > 0) out[i++] = values[codes[p / 2] & 15];
+  if (p % 2 && n > 0) out[i++] = value(codes[p / 2] & 15);
   const uint8_t* SWK_RESTRICT at = codes + (p + i) / 2;
 #ifdef SWK_ZMM
   past_cache = past_cache && i == 0;
-  const __m512i table = _mm512_loadu_si512(values);
+  const __m512i table = table_of<Type>(_mm512_mul_ps(
+      _mm512_sub_ps(_mm512_loadu_ps(base), _mm512_set1_ps(shift)), _mm512_set1_ps(scale)));
   for (; i + 32 <= n; i += 32, at += 16) {
     __m512i parts[2];
     constexpr int kParts = sizeof(typename Type::Bits) == 4 ? 2 : 1;
@@ -102,10 +113,10 @@ SWK_FN SWK_INLINE void decode_run(const uint8_t* codes, const Layout& layout, co
   (void)past_cache;
 #endif
   for (; i + 2 <= n; i += 2, ++at) {
-    out[i] = values[*at >> 4];
-    out[i + 1] = values[*at & 15];
+    out[i] = value(*at >> 4);
+    out[i + 1] = value(*at & 15);
   }
-  if (i < n) out[i] = values[*at >> 4];
+  if (i < n) out[i] = value(*at >> 4);
 }
 
 // The elements [begin, end), whatever their blocks.

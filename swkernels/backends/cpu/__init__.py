@@ -18,6 +18,9 @@ from swkernels.errors import BackendUnavailable, InvalidInput
 
 ISAS = ("best", "scalar", "avx2", "avx512")  # in the order of enum swk_isa
 
+# What the library calls the types of tensors (enum swk_dtype).
+NUMBERS = {getattr(torch, name.removeprefix("torch.")): n for name, n in native.DTYPES.items()}
+
 _OUT_OF_MEMORY = 6  # SWK_OUT_OF_MEMORY
 
 _pointer, _int, _int64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64

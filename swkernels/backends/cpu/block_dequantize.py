@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from swkernels.backends.native import DTYPES
 from swkernels.backends.plan import CODES
 
-from . import address, call
+from . import NUMBERS, address, call
 
 
 def supports(codes: torch.Tensor, plan, dtype: torch.dtype) -> str | None:
     if codes.device.type != "cpu":
         return f"it takes CPU tensors, got {codes.device}"
-    if str(dtype) not in DTYPES:
+    if dtype not in NUMBERS:
         return f"it gives float32, bfloat16 and float16, not {dtype}"
     return None
 
@@ -38,7 +37,7 @@ def dequantize_rows(packed: tuple, first: int, out: torch.Tensor) -> None:
     begin = first * out.shape[1]
     call(
         "block_dequantize", *packed, begin, begin + out.numel(), out.data_ptr(),
-        DTYPES[str(out.dtype)],
+        NUMBERS[out.dtype],
     )  # fmt: skip
 
 
@@ -46,7 +45,7 @@ def arguments(codes, scales, zero_points, positions, values, plan) -> tuple:
     """A packed matrix as functions of the library take it."""
     return (
         codes.data_ptr(), plan.rows, plan.columns, *plan.block, CODES.index(plan.code.name),
-        plan.code.symmetric, scales.data_ptr(), DTYPES[str(scales.dtype)], address(zero_points),
+        plan.code.symmetric, scales.data_ptr(), NUMBERS[scales.dtype], address(zero_points),
         0 if zero_points is None else zero_points.itemsize, positions.data_ptr(),
-        values.data_ptr(), DTYPES[str(values.dtype)], len(positions),
+        values.data_ptr(), NUMBERS[values.dtype], positions.shape[0],
     )  # fmt: skip

@@ -6,10 +6,9 @@ import ctypes
 
 import torch
 
-from swkernels.backends.native import DTYPES
 from swkernels.backends.plan import CLIPS, CODES, ZERO_POINTS
 
-from . import address, call, refuse
+from . import NUMBERS, address, call, refuse
 
 
 def supports(w: torch.Tensor, plan) -> str | None:
@@ -61,7 +60,7 @@ def _call(w, plan, positions, scales, zero_points, codes, *, given) -> None:
     call(
         "block_quantize",
         w.data_ptr(),
-        DTYPES[str(w.dtype)],
+        NUMBERS[w.dtype],
         plan.rows,
         plan.columns,
         *plan.block,
@@ -75,7 +74,7 @@ def _call(w, plan, positions, scales, zero_points, codes, *, given) -> None:
         positions.data_ptr(),
         len(positions),
         scales.data_ptr(),
-        DTYPES[str(scales.dtype)],
+        NUMBERS[scales.dtype],
         address(zero_points),
         address(codes),
         given,

@@ -6,9 +6,8 @@ import torch
 from torch.nn.functional import linear
 
 from swkernels import tuning
-from swkernels.backends.native import DTYPES
 
-from . import address, call, isa, refuse
+from . import NUMBERS, address, call, isa, refuse
 from .block_dequantize import arguments, dequantize_rows
 
 
@@ -28,18 +27,20 @@ def quant_linear(
 ) -> torch.Tensor:
     """Return x [T, H] times the transpose of the weight [D, H] in x's type, plus bias."""
     packed = arguments(codes, scales, zero_points, positions, values, plan)
-    dtype = str(x.dtype).removeprefix("torch.")
-    choice = tuning.lookup(
-        "quant_linear", "cpu", plan.rows, plan.columns, len(x), dtype, architecture=isa()
-    )
-    if choice.variant == "slabs":
-        return _in_slabs(x, packed, bias, plan, choice.config["slab_bytes"])
-    y = torch.empty(len(x), plan.rows, dtype=x.dtype)
+    T = x.shape[0]
+    if T > 1:  # one token is never worth a weight that is written out
+        dtype = str(x.dtype).removeprefix("torch.")
+        config = tuning.lookup(
+            "quant_linear", "cpu", plan.rows, plan.columns, T, dtype, architecture=isa()
+        ).config
+        if T > config[plan.code.name]:
+            return _in_slabs(x, packed, bias, plan, config["slab_bytes"])
+    y = torch.empty(T, plan.rows, dtype=x.dtype)
     if bias is not None:
         bias = bias.contiguous()
     call(
-        "quant_linear", x.data_ptr(), DTYPES[str(x.dtype)], x.stride(0), len(x), *packed,
-        address(bias), y.data_ptr(),
+        "quant_linear", x.data_ptr(), NUMBERS[x.dtype], x.stride(0), T, *packed, address(bias),
+        y.data_ptr(),
     )  # fmt: skip
     return y
 
