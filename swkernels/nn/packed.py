@@ -57,17 +57,18 @@ class PackedModule(nn.Module):
         self.register_buffer(_CHECKSUM, checksum)
         self._form = q.to("meta")
         self._sealed = q.codes.is_meta  # whether the checksum is one: a file will bring it
-        self._viewed: tuple[tuple[torch.Tensor, ...], QuantizedTensor] | None = None
+        self._viewed: tuple | None = None  # see ``packed``
 
     @property
     def packed(self) -> QuantizedTensor:
         """The packed matrix; it shares the memory of the buffers."""
         if torch.compiler.is_compiling():
             return self._view()
-        held = tuple(self._buffers.values())
-        # A move or a load puts other tensors in the place of the buffers.
-        if self._viewed is None or any(a is not b for a, b in zip(self._viewed[0], held)):
-            self._viewed = held, self._view()
+        # A move or a load puts other tensors in the place of the buffers. Those that were seen
+        # are kept, so that no other tensor has their identity.
+        key = tuple(map(id, self._buffers.values()))
+        if self._viewed is None or self._viewed[0] != key:
+            self._viewed = key, self._view(), tuple(self._buffers.values())
         return self._viewed[1]
 
     @property

@@ -127,7 +127,7 @@ def refuse(*tensors: torch.Tensor) -> str | None:
     for x in tensors:
         if x.device.type != "cpu":
             return f"it takes CPU tensors, got {x.device}"
-        if str(x.dtype) not in native.DTYPES:
+        if x.dtype not in NUMBERS:
             return f"it takes float32, bfloat16 and float16, got {x.dtype}"
         if x.layout != torch.strided:
             return f"it takes dense tensors, got {x.layout}"
