@@ -55,7 +55,7 @@ def test_every_step_of_a_dry_run_passes(dry_run):
     assert {s["name"]: s["status"] for s in summary["steps"]} == expected, result.stdout
     assert result.returncode == 0
     by_name = {s["name"]: s for s in summary["steps"]}
-    assert by_name["tests"]["note"].startswith("8 passed")
+    assert by_name["tests"]["note"].startswith("11 passed")
     kernels = by_name["sanitize"]["parts"]
     assert {name for name, said in kernels.items() if said == "ok"} == {
         name for name in sanitize.KERNELS if name.startswith("triton")
