@@ -8,7 +8,7 @@ import re
 from dataclasses import fields, replace
 from pathlib import Path
 
-from .trained import versions
+from swkernels.detect.report import versions
 
 REPORT = "quantize_report.json"
 SCHEMA = "swkernels.eval/1"
@@ -17,7 +17,7 @@ MODEL, QUANTIZED, ORIGINAL, PLAIN = "model", "quantized", "original", "round to 
 
 def render_report(report, source: dict) -> str:
     """The document of a ``QuantReport`` and what it was made of, without a time or a date."""
-    document = report.to_dict() | {"source": source, "versions": versions()}
+    document = report.to_dict() | {"source": source, "versions": versions("torch", "transformers")}
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
@@ -114,7 +114,7 @@ def comparison(
         "text": text,
         "tokens": tokens,
         "results": measured,
-        "versions": versions(),
+        "versions": versions("torch", "transformers"),
     }
 
 

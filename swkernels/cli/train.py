@@ -77,6 +77,7 @@ def train(
     export: Annotated[list[str] | None, _EXPORT] = None,
 ) -> None:
     """Train chosen weights of MODEL and nothing else of it."""
+    from swkernels.detect.report import versions
     from swkernels.quant.super_weights import read_super_weights
     from swkernels.train import loop, sparse
     from swkernels.train.data import read_examples, read_source
@@ -137,7 +138,7 @@ def train(
             "largest_delta": max(float(v.detach().abs().max()) for v in handle.parameters()),
             "seconds_per_step": steps_done.seconds_per_step(),
             "seconds": round(time.perf_counter() - started, 1),
-            "versions": trained.versions(),
+            "versions": versions("torch", "transformers"),
         }
         exported = trained.export(handle, exports, output)
         folder.write(trained.writers(handle, document))

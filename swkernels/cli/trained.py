@@ -91,17 +91,6 @@ def export(handle, names: list[str], output: Path) -> list[Path]:
     return [output / name for name in names]
 
 
-def versions() -> dict[str, str]:
-    """Of what computes."""
-    import platform
-    from importlib.metadata import version
-
-    from swkernels import __version__
-
-    installed = {name: version(name) for name in ("torch", "transformers")}
-    return {"swkernels": __version__, "python": platform.python_version(), **installed}
-
-
 def writers(handle, document: dict) -> dict[str, Callable[[Path], None]]:
     """What writes each file; everything is rendered first, train.json is the sign of success."""
     from swkernels.train.files import write_atomically

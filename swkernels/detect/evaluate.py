@@ -210,8 +210,8 @@ def _compare(
 
 
 def exp(value: float) -> float:
-    """e^value; infinity where a float cannot hold it."""
-    return math.exp(value) if value < 700 else math.inf
+    """e^value; infinity where a float cannot hold it, NaN for NaN."""
+    return math.inf if value >= 700 else math.exp(value)
 
 
 def _information(log_probabilities: torch.Tensor) -> float:

@@ -55,6 +55,11 @@ class Perplexity:
         return exp(self.loss)
 
     @property
+    def not_finite(self) -> int:
+        """Windows whose loss is NaN or infinite; ``value`` is NaN or infinite then, too."""
+        return sum(not math.isfinite(loss) for loss in self.losses)
+
+    @property
     def error(self) -> float | None:
         """Standard error of ``value`` over windows; None where there is only one."""
         return _standard_error(self.value, self.losses, self.tokens)
@@ -89,6 +94,8 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     batch_size: int = 1,
+    observe: Callable[[torch.Tensor], None] | None = None,
+    strict: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Measure the perplexity of ``model`` on a stream of tokens.
@@ -100,11 +107,13 @@ def perplexity(
         window: tokens of a window, at least 2; None: 2,048, or the model's positions if fewer.
         stride: tokens from one window's start to the next's, at most ``window``; None: ``window``.
         batch_size: windows that run together. It changes the result by rounding at most.
+        observe: called with the logits [count, V] of each window's predicted tokens, in order.
+        strict: a loss that is not finite is an error; else it is in the result as it is.
         progress: called with (windows done, windows).
 
     Raises:
         InvalidInput: an argument that is not as above, a token outside the vocabulary, a window
-            beyond the model's positions, an encoder-decoder, or a loss that is not a number.
+            beyond the model's positions, an encoder-decoder, or a loss that is not finite.
     """
     tokens = _checked(tokens)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -126,8 +135,11 @@ def perplexity(
         for part in _batches(windows, batch_size):
             ids = torch.stack([tokens[start:end] for start, end, _ in part])  # [B, S]
             for row, logits, (_, _, count) in zip(ids, runner.logits(ids), part):
-                losses.append(_summed_loss(logits[-count - 1 : -1], row[-count:]))
-                if not math.isfinite(losses[-1]):
+                predicted = logits[-count - 1 : -1]
+                losses.append(_summed_loss(predicted, row[-count:]))
+                if observe is not None:
+                    observe(predicted)
+                if strict and not math.isfinite(losses[-1]):
                     raise InvalidInput(
                         f"the loss of window {len(losses) - 1} is {losses[-1]}: the model gives "
                         "logits that are not finite; a wider dtype may help"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from swkernels import __version__
 from swkernels.errors import InvalidInput
 
 SCHEMA = "swkernels.scan/1"
@@ -62,6 +65,17 @@ class ScanReport:
         if schema != SCHEMA:
             raise InvalidInput(f"{path}: expected a report of schema {SCHEMA}, got {schema!r}")
         return cls(data)
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """The versions of swkernels, Python and ``packages``; None for one that is not installed."""
+    found: dict[str, str | None] = {"swkernels": __version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -11,7 +10,7 @@ from datetime import datetime, timezone
 import torch
 from torch import nn
 
-from swkernels import __version__, ops
+from swkernels import ops
 from swkernels.errors import InvalidInput
 from swkernels.models import find_down_projections
 
@@ -20,7 +19,7 @@ from .candidates import Candidate, find_candidates, find_spikes
 from .consistency import Consistency
 from .criteria import outlier_threshold
 from .evaluate import Evaluator, Measurement
-from .report import SCHEMA, ScanReport
+from .report import SCHEMA, ScanReport, versions
 from .tracking import TrackHandle, track
 from .verify import (
     CRITICAL_SET,
@@ -254,7 +253,7 @@ def _document(
     return {
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": _versions(),
+        "versions": versions("torch", "transformers", "triton"),
         "model": {
             "class": type(model).__name__,
             "parameters": parameters,
@@ -293,18 +292,6 @@ def _document(
         "consistency": consistency.to_dict(),
         "summary": summarize(listed, sets) + _caveat(verification, config),
     }
-
-
-def _versions() -> dict:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"swkernels": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "triton"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def _layer_entries(handle: TrackHandle, config: ScanConfig, locate, text) -> list[dict]:
