@@ -31,7 +31,7 @@
 #endif
 
 // Changes whenever a signature or a meaning below changes; Python refuses another number.
-#define SWK_INTERFACE_VERSION 4
+#define SWK_INTERFACE_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -47,9 +47,17 @@ enum swk_status {
   SWK_OUT_OF_MEMORY = 6,
   SWK_CUDA_ERROR = 7,     // see swk_cuda_last_error
   SWK_BAD_INDEX = 8,      // a row, column or position outside the matrix, or out of order
+  SWK_NOT_A_NUMBER = 9,   // the input holds a NaN
 };
 
-enum swk_dtype { SWK_FLOAT32 = 0, SWK_BFLOAT16 = 1, SWK_FLOAT16 = 2 };
+enum swk_dtype {
+  SWK_FLOAT32 = 0,
+  SWK_BFLOAT16 = 1,
+  SWK_FLOAT16 = 2,
+  // Only where a function says so: float8_e4m3fn and float8_e5m2 of PyTorch.
+  SWK_FLOAT8_E4M3 = 3,
+  SWK_FLOAT8_E5M2 = 4,
+};
 
 enum swk_activation { SWK_SILU = 0, SWK_GELU = 1, SWK_GELU_TANH = 2, SWK_RELU = 3 };
 

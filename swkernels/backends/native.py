@@ -15,7 +15,7 @@ from pathlib import Path
 
 from swkernels.errors import BackendUnavailable
 
-INTERFACE_VERSION = 4  # SWK_INTERFACE_VERSION in csrc/swkernels.h
+INTERFACE_VERSION = 5  # SWK_INTERFACE_VERSION in csrc/swkernels.h
 
 DIRECTORY = Path(__file__).parents[1] / "_native"
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
