@@ -13,9 +13,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.models.smollm2 > $(VENV)/.model
 	$(BIN)/swkernels scan "$$(cat $(VENV)/.model)" -o demo
 
+# A process for each core; idle OpenMP threads sleep, or they would keep the others from working.
 test: $(VENV)/.demo
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
