@@ -5,15 +5,23 @@ cut into windows of 2,048 tokens (or what the model takes), and each window is r
 first token of a window is not predicted: nothing stands before it. With a ``stride`` shorter than
 the window, windows overlap, and each predicts only the tokens that no window before it has: every
 token but the first, with more context for the same text.
+
+With a ``prefix`` the windows are those of lm-eval's rolling log-likelihood: every token of the text
+is predicted, the first one from the prefix. The first window predicts as many tokens as it holds,
+each one after it the next ``stride``, and all of them read a whole window, so that the last one
+reaches back (``get_rolling_token_windows`` in lm_eval/utils.py, with ``context_len`` = window -
+stride + 1).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +34,10 @@ from .samples import Runner, check_vocabulary, evaluating, most_positions
 from .text import make_samples
 
 WINDOW = 2048
-_ROWS = 256  # logits turned into losses at a time: their float32 copies are V wide each
+# Logits turned into losses at a time: what is made of them should stay in a CPU's cache, and on a
+# GPU be more than a launch costs.
+_LOGITS = {"cpu": 1 << 20}
+_MOST_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -36,13 +47,14 @@ class Perplexity:
     Attributes:
         losses: summed next-token loss of each window, in nats.
         tokens: predicted tokens of each window.
-        window, stride: how the text was cut.
+        window, stride, prefix: how the text was cut.
     """
 
     losses: tuple[float, ...]
     tokens: tuple[int, ...]
     window: int
     stride: int
+    prefix: int | None = None
 
     @property
     def loss(self) -> float:
@@ -73,14 +85,39 @@ class Perplexity:
         Raises:
             InvalidInput: they were not measured on the same windows.
         """
-        if (self.tokens, self.window, self.stride) != (other.tokens, other.window, other.stride):
+        cuts = [(p.tokens, p.window, p.stride, p.prefix) for p in (self, other)]
+        if cuts[0] != cuts[1]:
             raise InvalidInput(
                 "perplexities of different windows cannot be compared: measure both on one text "
-                "with one window and stride"
+                "with one window, stride and prefix"
             )
         differences = [a - b for a, b in zip(self.losses, other.losses)]
         value = exp(sum(differences) / sum(self.tokens))
         return value, _standard_error(value, differences, self.tokens)
+
+    def of_text(self, text: str) -> dict[str, float]:
+        """The loss by words and bytes, which tokenizers share, as lm-eval's wikitext counts them.
+
+        Args:
+            text: that of the tokens, all of it.
+
+        Returns:
+            ``word_perplexity`` and ``byte_perplexity``, exp(summed loss / words or bytes), and
+            ``bits_per_byte``. Words are what white space parts, bytes those of UTF-8.
+
+        Raises:
+            InvalidInput: it was measured without a prefix, which leaves a token out.
+        """
+        if self.prefix is None:
+            raise InvalidInput(
+                "words and bytes need a loss of every token of the text: measure with a prefix"
+            )
+        loss, size = sum(self.losses), len(text.encode())
+        return {
+            "word_perplexity": exp(loss / len(re.split(r"\s+", text))),
+            "byte_perplexity": exp(loss / size),
+            "bits_per_byte": loss / size / math.log(2),
+        }
 
     def to_dict(self) -> dict:
         """What it holds and what follows from it, for JSON."""
@@ -93,6 +130,7 @@ def perplexity(
     *,
     window: int | None = None,
     stride: int | None = None,
+    prefix: int | None = None,
     batch_size: int = 1,
     observe: Callable[[torch.Tensor], None] | None = None,
     strict: bool = True,
@@ -103,9 +141,11 @@ def perplexity(
     Args:
         model: a decoder, of Hugging Face's kind or one that maps ids [B, S] to logits [B, S, V];
             run in eval mode, and given back as it was.
-        tokens: integers [N], N >= 2; see ``tokens_of``.
+        tokens: integers [N], N >= 2 (with a prefix, 1); see ``tokens_of``.
         window: tokens of a window, at least 2; None: 2,048, or the model's positions if fewer.
         stride: tokens from one window's start to the next's, at most ``window``; None: ``window``.
+        prefix: a token to put before the text and predict its first token from, as lm-eval does;
+            see ``prefix_of``. None: the first token is not predicted.
         batch_size: windows that run together. It changes the result by rounding at most.
         observe: called with the logits [count, V] of each window's predicted tokens, in order.
         strict: a loss that is not finite is an error; else it is in the result as it is.
@@ -115,7 +155,7 @@ def perplexity(
         InvalidInput: an argument that is not as above, a token outside the vocabulary, a window
             beyond the model's positions, an encoder-decoder, or a loss that is not finite.
     """
-    tokens = _checked(tokens)
+    tokens = _checked(tokens, 2 if prefix is None else 1)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise InvalidInput(
             f"{type(model).__name__} is an encoder and a decoder, which predict no text that goes "
@@ -127,16 +167,23 @@ def perplexity(
         raise InvalidInput(f"stride must be from 1 to the window of {window}, got {stride}")
     if batch_size < 1:
         raise InvalidInput(f"batch_size must be at least 1, got {batch_size}")
+    if prefix is None:
+        windows = _windows(len(tokens), window, stride)
+    elif not isinstance(prefix, int):
+        raise InvalidInput(f"prefix must be a token's id, got {type(prefix).__name__}")
+    else:
+        windows = _rolling(len(tokens), window, stride)
+        tokens = torch.cat([torch.tensor([prefix]), tokens])
     check_vocabulary(model, [tokens])
-    windows = _windows(len(tokens), window, stride)
     runner = Runner(model)
     losses: list[float] = []
     with evaluating(model):
         for part in _batches(windows, batch_size):
-            ids = torch.stack([tokens[start:end] for start, end, _ in part])  # [B, S]
-            for row, logits, (_, _, count) in zip(ids, runner.logits(ids), part):
-                predicted = logits[-count - 1 : -1]
-                losses.append(_summed_loss(predicted, row[-count:]))
+            ids = torch.stack([tokens[w.start : w.end] for w in part])  # [B, S]
+            logits = runner.logits(ids, last=max(w.last for w in part))  # [B, at most S, V]
+            for row, w in zip(logits, part):
+                predicted = row[len(row) - w.last :][: w.count]  # [count, V]
+                losses.append(_summed_loss(predicted, tokens[w.first : w.first + w.count]))
                 if observe is not None:
                     observe(predicted)
                 if strict and not math.isfinite(losses[-1]):
@@ -146,7 +193,8 @@ def perplexity(
                     )
             if progress is not None:
                 progress(len(losses), len(windows))
-    return Perplexity(tuple(losses), tuple(count for *_, count in windows), window, stride)
+    counts = tuple(w.count for w in windows)
+    return Perplexity(tuple(losses), counts, window, stride, prefix)
 
 
 def tokens_of(text: str, tokenizer, most: int | None = None) -> torch.Tensor:
@@ -162,6 +210,21 @@ def tokens_of(text: str, tokenizer, most: int | None = None) -> torch.Tensor:
     if len(tokens) < 2:
         raise InvalidInput("the text is shorter than 2 tokens: give a longer text")
     return tokens
+
+
+def prefix_of(tokenizer) -> int:
+    """Return the token that lm-eval puts before a text: BOS, or EOS where there is no BOS.
+
+    Raises:
+        InvalidInput: the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise InvalidInput(
+        "the tokenizer has neither a BOS nor an EOS token, from which to predict the first token "
+        "of the text: measure without a prefix"
+    )
 
 
 def window_of(model: nn.Module, window: int | None = None) -> int:
@@ -183,37 +246,62 @@ def window_of(model: nn.Module, window: int | None = None) -> int:
     return window
 
 
-def _checked(tokens: torch.Tensor) -> torch.Tensor:
+def _checked(tokens: torch.Tensor, least: int) -> torch.Tensor:
     if (
         not isinstance(tokens, torch.Tensor)
         or tokens.dim() != 1
         or tokens.is_floating_point()
         or tokens.dtype == torch.bool
-        or len(tokens) < 2
+        or len(tokens) < least
     ):
         given = isinstance(tokens, torch.Tensor)
         what = f"{tokens.dtype} {list(tokens.shape)}" if given else type(tokens).__name__
-        raise InvalidInput(f"tokens must be integers [N], N >= 2, got {what}")
+        raise InvalidInput(f"tokens must be integers [N], N >= {least}, got {what}")
     return tokens.long().cpu()
 
 
-def _windows(size: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """(start, end, predicted tokens, the last ones) of each window."""
+class _Window(NamedTuple):
+    """Tokens [start, end) are read, the ``count`` from ``first`` on are predicted."""
+
+    start: int
+    end: int
+    first: int
+    count: int
+
+    @property
+    def last(self) -> int:
+        """The logits from the one that predicts ``first`` to the end of the window."""
+        return self.end - self.first + 1
+
+
+def _windows(size: int, window: int, stride: int) -> list[_Window]:
+    """Windows of ``size`` tokens."""
     windows, seen = [], 0
     for start in range(0, size, stride):
         end = min(start + window, size)
         if count := end - max(seen, start + 1):
-            windows.append((start, end, count))
+            windows.append(_Window(start, end, end - count, count))
         seen = end
         if end == size:
             break
     return windows
 
 
-def _batches(windows: list[tuple], size: int) -> list[list[tuple]]:
+def _rolling(size: int, window: int, stride: int) -> list[_Window]:
+    """Windows of a prefix and ``size`` tokens: all of them are predicted, and the prefix is not."""
+    end = min(window, size)
+    windows = [_Window(0, end, 1, end)]
+    while end < size:
+        count = min(stride, size - end)
+        end += count
+        windows.append(_Window(end - window, end, end - count + 1, count))
+    return windows
+
+
+def _batches(windows: list[_Window], size: int) -> list[list[_Window]]:
     """At most ``size`` windows each, all of one length: the last window may be shorter."""
-    batches: list[list[tuple]] = []
-    for _, alike in itertools.groupby(windows, key=lambda w: w[1] - w[0]):
+    batches: list[list[_Window]] = []
+    for _, alike in itertools.groupby(windows, key=lambda w: w.end - w.start):
         alike = list(alike)
         batches += [alike[first : first + size] for first in range(0, len(alike), size)]
     return batches
@@ -221,7 +309,9 @@ def _batches(windows: list[tuple], size: int) -> list[list[tuple]]:
 
 def _summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
     """Summed loss in nats of targets [S] under logits [S, V]."""
-    parts = zip(logits.split(_ROWS), targets.to(logits.device).split(_ROWS))
+    most = _LOGITS.get(logits.device.type, _MOST_LOGITS)
+    rows = max(1, most // logits.shape[1])
+    parts = zip(logits.split(rows), targets.to(logits.device).split(rows))
     losses = [F.cross_entropy(row.float(), target, reduction="none") for row, target in parts]
     return float(torch.cat(losses).double().sum())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -113,6 +114,8 @@ class Runner:
             getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         )
         self._hugging_face = hasattr(model, "config")
+        takes = inspect.signature(model.forward).parameters
+        self._keeps_logits = self._hugging_face and "logits_to_keep" in takes
         embed = getattr(model, "get_input_embeddings", lambda: None)()
         weight = getattr(embed, "weight", None)
         self.device = next(model.parameters()).device if weight is None else weight.device
@@ -124,9 +127,14 @@ class Runner:
         """Run everything but the language-model head on ids [B, S]."""
         self._call(self._body, ids)
 
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits [B, S, V] for ids [B, S]."""
-        output = self._call(self.model, ids)
+    def logits(self, ids: torch.Tensor, last: int | None = None) -> torch.Tensor:
+        """Return the logits [B, S, V] for ids [B, S].
+
+        ``last``: only the logits of so many last tokens are needed. Where the model can leave the
+        others out, they are not there.
+        """
+        fewer = last is not None and last < ids.shape[1] and self._keeps_logits
+        output = self._call(self.model, ids, **({"logits_to_keep": last} if fewer else {}))
         logits = getattr(output, "logits", output)
         logits = logits[0] if isinstance(logits, tuple) else logits
         if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
@@ -136,12 +144,12 @@ class Runner:
             )
         return logits
 
-    def _call(self, module: nn.Module, ids: torch.Tensor):
+    def _call(self, module: nn.Module, ids: torch.Tensor, **options):
         ids = self.to_device(ids)
         if self._encoder_decoder:
             return module(input_ids=ids, decoder_input_ids=ids, use_cache=False)
         if self._hugging_face:
-            return module(input_ids=ids, use_cache=False)
+            return module(input_ids=ids, use_cache=False, **options)
         return module(ids)
 
 
