@@ -62,6 +62,7 @@ class Yardstick:
         tokenizer: needed for tasks and stop words.
         stop_words: whose probability is measured along with the perplexity; empty for none.
         source: what the text is, for reports.
+        prefix: of the perplexity, as there: lm-eval's rolling windows.
     """
 
     tokens: torch.Tensor | None = None
@@ -72,6 +73,7 @@ class Yardstick:
     tokenizer: object = None
     stop_words: Sequence[str] = ()
     source: str = "tokens given by the caller"
+    prefix: int | None = None
 
     def __post_init__(self):
         if self.tokens is None and not self.tasks:
@@ -107,6 +109,7 @@ class Yardstick:
                 self.tokens,
                 window=self.window,
                 stride=self.stride,
+                prefix=self.prefix,
                 batch_size=self.batch_size,
                 observe=meter,
                 strict=strict,
@@ -130,6 +133,7 @@ class Yardstick:
             "tokens": None if self.tokens is None else len(self.tokens),
             "window": self.window,
             "stride": self.stride,
+            "prefix": self.prefix,
             "tasks": [
                 {"name": task.name, "source": task.source, "items": len(task.items)}
                 for task in self.tasks
