@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
 INK, MUTED, LINE, MARK = "#1f2a35", "#66727f", "#3d5873", "#c3312f"
 _STYLE = {
@@ -34,3 +35,24 @@ def render(draw: Callable, kind: str, height: float) -> bytes:
         draw(figure)
         figure.savefig(file, format=kind, dpi=150)
     return file.getvalue()
+
+
+def log_where_wide(axes, direction: str, values: Iterable[float]) -> None:
+    """Make an axis logarithmic if its values spread, with about three to nine plain labels.
+
+    Args:
+        axes: of matplotlib.
+        direction: "x" or "y".
+        values: above zero; those that are not finite do not count.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    shown = [value for value in values if math.isfinite(value)]
+    spread = max(shown) / min(shown) if shown else 1
+    if spread < 3:
+        return
+    axes.set(**{f"{direction}scale": "log"})
+    axis = getattr(axes, f"{direction}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 200 else (1,), numticks=9))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 from swkernels.errors import InvalidInput
 
-from .figure import LINE, MARK, MUTED, render
+from .figure import LINE, MARK, MUTED, log_where_wide, render
 from .files import write_atomically
 
 _FORMATS = {".png", ".svg", ".pdf"}
@@ -126,8 +125,8 @@ def _draw_ranked(axes, change) -> None:
     mean = s["relative"]["mean"]
     if not math.isnan(_drawable(mean)):
         axes.axhline(mean, color=MUTED, ls=":", lw=1.2, label=f"mean {percent(mean)}")
-    _log_where_wide(axes, "x", range(1, len(relative) + 1))
-    _log_where_wide(axes, "y", relative)
+    log_where_wide(axes, "x", range(1, len(relative) + 1))
+    log_where_wide(axes, "y", relative)
     axes.yaxis.set_major_formatter(lambda value, _: percent(value))
     axes.set_xlabel("coordinates, largest change first")
     axes.set_ylabel("relative change |W' - W| / |W|")
@@ -147,26 +146,11 @@ def _draw_scattered(axes, change) -> None:
             y = [_drawable(row["relative"]) for row in rows]
             color = MARK if local else LINE
             axes.plot(x, y, marker, ls="none", color=color, ms=6 if local else 3, label=label)
-    _log_where_wide(axes, "x", [_drawable(abs(row["before"])) for row in change.rows])
+    log_where_wide(axes, "x", [_drawable(abs(row["before"])) for row in change.rows])
     axes.set_xlabel("magnitude before, |W|")
     axes.set_title("Relative change by magnitude", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8.5)
     axes.grid(color="#dde2e7")
-
-
-def _log_where_wide(axes, direction: str, values: Iterable[float]) -> None:
-    """Make an axis logarithmic if its values spread, with about three to nine plain labels."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    shown = [value for value in values if not math.isnan(value)]
-    spread = max(shown) / min(shown) if shown else 1
-    if spread < 3:
-        return
-    axes.set(**{f"{direction}scale": "log"})
-    axis = getattr(axes, f"{direction}axis")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 200 else (1,), numticks=9))
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _drawable(value: float) -> float:
