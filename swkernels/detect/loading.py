@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +11,11 @@ from pathlib import Path
 import torch
 
 from swkernels.errors import InvalidInput
+from swkernels.models.checkpoint import INDEX, cached_folder, check_index, read_header
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-_INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _GGUF_HEAD = 1 << 20
 _LONGEST_REASON = 300
 
@@ -151,7 +149,7 @@ def fingerprint(path: str | Path) -> str:
     if not files:
         raise InvalidInput(f"{path} holds no .safetensors file")
     for file in files:
-        header = _header(file)
+        header = read_header(file)
         digest.update(f"{file.name}\n{file.stat().st_size}\n{len(header)}\n".encode())
         digest.update(header)
     return digest.hexdigest()
@@ -162,10 +160,8 @@ def _fingerprint_of(name_or_path: str | Path) -> str | None:
     path = Path(name_or_path).expanduser()
     if path.exists():
         return fingerprint(path)
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(str(name_or_path), "config.json")
-    return fingerprint(Path(cached).parent) if isinstance(cached, str) else None
+    cached = cached_folder(str(name_or_path))
+    return None if cached is None else fingerprint(cached)
 
 
 def source_of(name_or_path: str | Path) -> tuple[str, dict]:
@@ -231,50 +227,9 @@ def _check_directory(path: Path) -> None:
             )
         raise InvalidInput(f"{path} holds no weights: expected .safetensors files")
     for file in files:
-        _header(file)
-    if (path / _INDEX).is_file():
-        _check_index(path, {file.name for file in files})
-
-
-def _check_index(path: Path, present: set[str]) -> None:
-    try:
-        wanted = set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidInput(f"{path / _INDEX} is unreadable: download it again") from error
-    missing = sorted(wanted - present)
-    if missing:
-        raise InvalidInput(
-            f"{path / missing[0]} is missing, {len(missing)} of {len(wanted)} files of weights "
-            "are: download them again"
-        )
-
-
-def _header(file: Path) -> bytes:
-    """Return a safetensors header, checked against the size of the file.
-
-    The format: 8 bytes, little-endian, the header's length n; n bytes of JSON; the data, to which
-    the header's ``data_offsets`` refer (github.com/huggingface/safetensors, README).
-    """
-    size = file.stat().st_size
-    try:
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
-                raise ValueError("no header")
-            header = stream.read(length)
-        tensors = json.loads(header)
-        ends = [t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InvalidInput(
-            f"{file} is not a readable safetensors file ({size} bytes): download it again"
-        ) from error
-    if size != expected:
-        state = "truncated" if size < expected else "damaged"
-        raise InvalidInput(
-            f"{file} is {state}: expected {expected} bytes, got {size}; download it again"
-        )
-    return header
+        read_header(file)
+    if (path / INDEX).is_file():
+        check_index(path, {file.name for file in files})
 
 
 @contextmanager

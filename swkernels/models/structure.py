@@ -81,6 +81,12 @@ def text_stacks(every: list[Stack]) -> list[Stack]:
     return [stack for stack in every if stack.tower is None] or every
 
 
+def tower_named(name: str) -> str | None:
+    """The modality other than text ("vision", "audio", ...) that a name says, or None."""
+    match = _OTHER_TOWER.search(name)
+    return match[2].lower() if match else None
+
+
 def base_of(module: nn.Module) -> tuple[nn.Module, str]:
     """Look through adapters (PEFT's ``base_layer``) and ``torch.compile``: (module, path to it)."""
     prefix = ""
@@ -258,9 +264,9 @@ def _norm_widths(norm: nn.Module) -> set[int]:
 
 def _tower(root: nn.Module, name: str) -> str | None:
     """Why the list of blocks at ``name`` belongs to another modality than text, or None."""
-    match = _OTHER_TOWER.search(name)
-    if match:
-        return f"its name says {match[2].lower()}"
+    named = tower_named(name)
+    if named is not None:
+        return f"its name says {named}"
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         owner = root.get_submodule(".".join(parts[:end]))

@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 from swkernels.errors import InvalidInput
+from swkernels.models.checkpoint import Checkpoint, open_checkpoint, stores_transposed
 
 from .coordinates import Coordinates
-from .files import read_json
 from .sites import Target, find_targets
 from .weights import Site, block_of, nearest, readable
 
-_INDEX = "model.safetensors.index.json"
 # The last part of a down projection's name, where experts are stored under other names than in the
 # model (and beside gate and up projections, which may have the same shape transposed).
 _DOWN = re.compile(r"(^|[._])(down|w2|fc2|wo|output|out|contract)(_\w+)?(\.weight)?$")
@@ -89,57 +88,13 @@ class _StateDict:
         return self._tensors[key].detach()[index]
 
 
-class _Files:
-    """Named tensors of safetensors files, memory-mapped."""
-
-    def __init__(self, label: str, handles: dict[str, object]):
-        self._handles = handles  # by the name of the tensor
-        self.label = label
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        slices = ((key, file.get_slice(key)) for key, file in self._handles.items())
-        return {key: tuple(part.get_shape()) for key, part in slices}
-
-    def dtype(self, key: str) -> torch.dtype | None:
-        return self._handles[key].get_slice(key)[:0].dtype
-
-    def read(self, key: str, index=...) -> torch.Tensor:
-        file = self._handles[key]
-        return file.get_tensor(key) if index is ... else file.get_slice(key)[index]
-
-
-def _open(source: object, stack: ExitStack) -> _Files:
-    from safetensors import SafetensorError, safe_open
-
+def _open(source: object, stack: ExitStack) -> Checkpoint:
     if not isinstance(source, (str, Path)):
         raise InvalidInput(
             "expected a model, a state dict, or the path of a safetensors file or of a folder of "
             f"them; got {type(source).__name__}"
         )
-    path = Path(source).expanduser()
-    handles: dict[str, object] = {}
-    try:
-        for file in _files_of(path):
-            handle = stack.enter_context(safe_open(file, "pt"))
-            handles.update(dict.fromkeys(handle.keys(), handle))
-    except (OSError, SafetensorError) as error:
-        raise InvalidInput(f"cannot read the checkpoint {path}: {error}") from error
-    return _Files(str(path), handles)
-
-
-def _files_of(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    if (path / _INDEX).is_file():
-        index = read_json(path / _INDEX)
-        names = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
-            raise InvalidInput(f"{path / _INDEX} is damaged: expected a weight_map")
-        return [path / name for name in dict.fromkeys(names.values())]
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise InvalidInput(f"{path} holds no .safetensors file")
-    return files
+    return stack.enter_context(open_checkpoint(source))
 
 
 @dataclass(frozen=True)
@@ -151,7 +106,7 @@ class _Stored:
     shape: tuple[int, int]
     expert: int | None = None
 
-    def read(self, tensors: _StateDict | _Files) -> torch.Tensor:
+    def read(self, tensors: _StateDict | Checkpoint) -> torch.Tensor:
         H = self.shape[1]
         if self.layout == "ei_o":
             return tensors.read(self.key, slice(self.expert * H, (self.expert + 1) * H)).T
@@ -162,7 +117,7 @@ class _Stored:
 class _Catalog:
     """The names and shapes of the tensors of a checkpoint."""
 
-    def __init__(self, tensors: _StateDict | _Files):
+    def __init__(self, tensors: _StateDict | Checkpoint):
         self._tensors = tensors
         self._shapes = tensors.shapes()
         self._in_block: dict[str, list[str]] = {}
@@ -189,7 +144,7 @@ class _Catalog:
                 f"{key} of {self._tensors.label} is {list(stored)}, the coordinates are for "
                 f"{list(shape)}: give the checkpoint of the same model"
             )
-        transposed = stored != shape if D != H else self._stores_transposed()
+        transposed = stored != shape if D != H else stores_transposed(self._shapes)
         return _Stored(key, "io" if transposed else "oi", shape)
 
     def _named(self, name: str) -> str:
@@ -206,17 +161,6 @@ class _Catalog:
                 return alike[0]
         known = [key.removesuffix(".weight") for key in self._shapes]
         raise InvalidInput(f"{self._tensors.label} has no {name}.weight{nearest(name, known)}")
-
-    def _stores_transposed(self) -> bool:
-        """Whether linear layers are Conv1D (GPT-2), as the biases of those that are not square say.
-
-        A square weight itself does not tell.
-        """
-        for key, stored in self._shapes.items():
-            bias = self._shapes.get(f"{key.removesuffix('weight')}bias")
-            if key.endswith(".weight") and len(stored) == 2 and stored[0] != stored[1] and bias:
-                return bias == stored[1:]
-        return False
 
     def _expert(self, site: Site, shape: tuple[int, int]) -> _Stored:
         """In a fused tensor as in the model; or split, or renamed, as transformers saves it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from torch import nn
 
 from swkernels.errors import InvalidInput
 from swkernels.models import DownProjection, ProjectionNotFound, find_down_projections
+from swkernels.models.kinds import block_of as block_of
 from swkernels.models.structure import base_of, features
 from swkernels.nn.packed import PackedModule
 from swkernels.nn.quant_experts import QuantExperts
@@ -182,12 +182,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Word the names that come nearest, for the end of an error message; "" where none does."""
     near = difflib.get_close_matches(name, list(known), 3, cutoff=0.5)
     return f"; the nearest are {', '.join(near)}" if near else ""
-
-
-def block_of(name: str) -> str:
-    """A name up to its first number: the block that it lies in; empty where there is none."""
-    found = re.match(r".*?\.\d+(?=\.)", name)
-    return found[0] if found else ""
 
 
 def _is_pair(key: object) -> bool:
