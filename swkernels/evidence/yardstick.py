@@ -63,6 +63,7 @@ class Yardstick:
         stop_words: whose probability is measured along with the perplexity; empty for none.
         source: what the text is, for reports.
         prefix: of the perplexity, as there: lm-eval's rolling windows.
+        share_prefixes: of multiple choice; see ``score_choices``.
     """
 
     tokens: torch.Tensor | None = None
@@ -74,6 +75,7 @@ class Yardstick:
     stop_words: Sequence[str] = ()
     source: str = "tokens given by the caller"
     prefix: int | None = None
+    share_prefixes: bool = True
 
     def __post_init__(self):
         if self.tokens is None and not self.tasks:
@@ -121,6 +123,7 @@ class Yardstick:
                 model,
                 self.tokenizer,
                 task,
+                share_prefixes=self.share_prefixes,
                 strict=strict,
                 progress=lambda done, total, name=task.name: progress(name, done, total),
             )
