@@ -1,1 +1,1 @@
-"""Thin bridges to the libraries that users train with."""
+"""Thin bridges to other libraries: those that users train, quantize and evaluate with."""
