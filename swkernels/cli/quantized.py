@@ -11,7 +11,6 @@ from pathlib import Path
 from swkernels.detect.report import versions
 
 REPORT = "quantize_report.json"
-SCHEMA = "swkernels.eval/1"
 MODEL, QUANTIZED, ORIGINAL, PLAIN = "model", "quantized", "original", "round to nearest"
 
 
@@ -89,64 +88,6 @@ def plain(config):
     return replace(config, clip=None, largest=0)
 
 
-def comparison(
-    model: str, original: str | None, config, text: str, tokens: int, results: list[tuple]
-) -> dict:
-    """The document of ``eval``.
-
-    Args:
-        config: a QuantConfig; None for a model that is not quantized.
-        text: what it is.
-        results: (which, perplexity, bytes of parameters and buffers) of each model; where the
-            original is among them, all are divided by it.
-    """
-    base = {which: found for which, found, _ in results}.get(ORIGINAL)
-    measured = []
-    for which, found, size in results:
-        ratio, error = (None, None) if base is None else found.ratio(base)
-        entry = {"which": which, "bytes": size, "ratio": ratio, "ratio_error": error}
-        measured.append(entry | found.to_dict())
-    return {
-        "schema": SCHEMA,
-        "model": model,
-        "original": original,
-        "config": None if config is None else config.to_dict(),
-        "text": text,
-        "tokens": tokens,
-        "results": measured,
-        "versions": versions("torch", "transformers"),
-    }
-
-
-def show_comparison(document: dict, console, built_in_text: bool, written: list[Path]) -> None:
-    """Print the table of ``eval``, what was measured, and the paths."""
-    from rich.table import Table
-
-    compared = document["results"][0]["ratio"] is not None
-    table = Table("", box=None, pad_edge=False)
-    for title in ["perplexity", *["x original"] * compared, "size"]:
-        table.add_column(title, justify="right")
-    for entry in document["results"]:
-        ratio = [_with_error(entry["ratio"], entry["ratio_error"])] if compared else []
-        value = _with_error(entry["perplexity"], entry["error"])
-        table.add_row(entry["which"], value, *ratio, f"{entry['bytes'] / 1e6:,.1f} MB")
-    console.print(table)
-    first = document["results"][0]
-    lines = [
-        f"{sum(first['tokens'])} predicted tokens of {document['text']}, in "
-        f"{len(first['tokens'])} windows of {first['window']}"
-    ]
-    if document["config"] is not None and document["original"] is None:
-        lines.append("alone: the original is not known or not there; --against names it")
-    if built_in_text:
-        lines.append(
-            "The built-in text under-reports damage: for figures that others can compare, give "
-            "--text wiki.test.raw"
-        )
-    for line in [*lines, *map(str, written)]:
-        console.print(line, soft_wrap=True, markup=False)
-
-
 def show_report(report, console) -> None:
     """Print the report with the layers of one kind, which differ in numbers only, in one row."""
     from rich.table import Table
@@ -181,7 +122,3 @@ def _numbers(layer) -> str:
     """Where a layer is, without what its row says already."""
     found = re.findall(r"\.(\d+)(?=\.|$)", layer.name)
     return ".".join([*found, *([] if layer.expert is None else [str(layer.expert)])]) or "-"
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.5g}" if error is None else f"{value:.5g} ± {error:.2g}"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+import re
+import sys
 
 import pytest
 import torch
@@ -14,9 +18,12 @@ from swkernels.cli import inputs, main
 from swkernels.detect import loading
 from swkernels.detect.perplexity import perplexity, tokens_of
 from swkernels.detect.text import DEFAULT_SOURCE
+from swkernels.evidence.choices import RULES, score_choices
+from swkernels.evidence.evaluate import interval
+from swkernels.evidence.tasks import read_task
 from swkernels.quant import QuantConfig
 from swkernels.train import Coordinates
-from tests.cli.checkpoints import TEXT, make_model, make_tokenizer, plant, save
+from tests.cli.checkpoints import BOS, TEXT, WORDS, make_model, make_tokenizer, plant, save
 
 NAME = "model.layers.1.mlp.down_proj"
 SETTINGS = ["--block", "tensor", "--clip", "zscore=5", "--largest", "2"]
@@ -99,16 +106,19 @@ def test_side_by_side(go, out, original, text, tmp_path, capfd):
     for entry, one in zip(found["results"], expected.values()):
         assert entry["losses"] == list(one.losses) and entry["tokens"] == list(one.tokens)
         assert (entry["perplexity"], entry["error"]) == (one.value, one.error)
+        assert entry["interval"] == list(interval(one))
+        assert entry["ratio_interval"] == list(interval(one, expected["original"]))
         assert [entry["ratio"], entry["ratio_error"]] == list(one.ratio(expected["original"]))
     assert len({entry["perplexity"] for entry in found["results"]}) == 3
     sizes = [entry["bytes"] for entry in found["results"]]
     assert sizes[2] < sizes[0] < sizes[1]
 
-    assert found["schema"] == "swkernels.eval/1"
+    assert found["schema"] == "swkernels.eval/2"
     assert (found["model"], found["original"]) == (str(out), str(original))
     config = QuantConfig(block_size="tensor", clip=Clip("zscore", 5), largest=2)
     assert QuantConfig.from_dict(found["config"]) == config
     assert found["text"] == str(text) and found["tokens"] == len(ids)
+    assert found["against"] == "original" and found["prefix"] is None
 
     assert error == "" and printed.endswith(f"{path}\n")
     for name, one in expected.items():
@@ -225,6 +235,9 @@ def unloaded(monkeypatch):
         (["--window", 8, "--stride", 9], "--stride must be at most the window of 8, got 9"),
         (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
         (["--alone", "--against", "x"], "exclude each other"),
+        (["--rolling", "--no-text"], "exclude each other"),
+        (["--limit", 0], "--limit must be at least 1, got 0"),
+        (["--task", "gone.jsonl"], "cannot read the task gone.jsonl"),
         (["--against", "./gone"], "there is no model"),
         (["--device", "gpu9"], "unknown device 'gpu9'"),
         (["--dtype", "int3"], "unknown dtype 'int3'"),
@@ -234,6 +247,153 @@ def unloaded(monkeypatch):
 )
 def test_bad_options_are_refused_before_a_model_loads(fail, unloaded, options, message):
     assert message in fail(*options)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """Questions of random words."""
+    draw, path = random.Random(1), tmp_path_factory.mktemp("task") / "words.jsonl"
+    rows = [
+        {
+            "context": " ".join(draw.choices(WORDS, k=4)),
+            "choices": [" ".join(draw.choices(WORDS, k=draw.randint(1, 3))) for _ in range(3)],
+            "answer": draw.randrange(3),
+        }
+        for _ in range(24)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_tasks(go, out, original, task, tmp_path, capfd):
+    assert go("--task", task, "--window", 64, "-o", tmp_path / "e.json") == 0
+    printed, found = capfd.readouterr().out, document(tmp_path / "e.json")
+    read = read_task(task)
+    expected = {
+        name: score_choices(model, make_tokenizer(), read)
+        for name, model in models(original, out).items()
+    }
+    assert [entry["which"] for entry in found["results"]] == list(expected)
+    for entry, one in zip(found["results"], expected.values()):
+        scores = entry["choices"]["words"]
+        assert scores["log_likelihoods"] == [list(sums) for sums in one.log_likelihoods]
+        assert scores["accuracy"] == one.accuracy and scores["interval"] == list(one.interval)
+        assert scores["accuracies"] == {rule: one.accuracy_by(rule) for rule in RULES}
+        compared = one.compare(expected["original"])
+        assert scores["compared"]["difference"] == compared.difference
+        assert scores["compared"]["interval"] == list(compared.interval)
+    accuracies = {entry["choices"]["words"]["accuracy"] for entry in found["results"]}
+    assert len(accuracies) > 1, "the models cannot be told apart"
+    low, high = expected["quantized"].interval
+    row = f"quantized +{expected['quantized'].accuracy:.2%} +\\[{low:.2%}, {high:.2%}\\]"
+    assert re.search(rf"words +perplexity +{row}", printed)
+    assert found["tasks"] == [{"name": "words", "source": str(task), "items": 24}]
+
+
+def test_tasks_alone(go, task, tmp_path, capfd, original):
+    options = ["eval", str(original), "--no-text", "--task", str(task), "--limit", "5"]
+    assert main([*options, "--device", "cpu", "-o", str(tmp_path / "e.json")]) == 0
+    [entry] = document(tmp_path / "e.json")["results"]
+    assert entry["perplexity"] is None and entry["ratio"] is None
+    assert len(entry["choices"]["words"]["answers"]) == 5
+    assert entry["choices"]["words"]["compared"] is None
+    printed = capfd.readouterr().out
+    assert "predicted tokens" not in printed and "under-reports" not in printed
+
+
+@pytest.mark.parametrize("window", [64, None])
+def test_rolling(go, original, text, tmp_path, capfd, window):
+    """The figures of lm-eval's wikitext, by its own functions."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="needs lm-eval")
+    from lm_eval.tasks.wikitext.preprocess_wikitext import process_results
+
+    options = ["--rolling", "-o", tmp_path / "e.json"]
+    options += [] if window is None else ["--window", window]
+    assert go(*options, model=original) == 0
+    found = document(tmp_path / "e.json")
+    [entry] = found["results"]
+    lm = huggingface.HFLM(
+        pretrained=AutoModelForCausalLM.from_pretrained(original),
+        tokenizer=make_tokenizer(), max_length=window,
+    )  # fmt: skip
+    words = TEXT * 20
+    request = type("Request", (), {"args": (words,)})
+    [loss] = lm.loglikelihood_rolling([request], disable_tqdm=True)
+    counts = process_results({"page": words}, (loss,))
+    assert found["prefix"] == BOS and sum(entry["tokens"]) == found["tokens"]
+    assert -sum(entry["losses"]) == pytest.approx(loss, rel=1e-6)
+    for name in ("word_perplexity", "byte_perplexity"):
+        _, count = counts[name]
+        assert entry[name] == pytest.approx(math.exp(-loss / count), rel=1e-6)
+    assert entry["bits_per_byte"] == pytest.approx(
+        -loss / counts["bits_per_byte"][1] / math.log(2), rel=1e-6
+    )
+    printed = capfd.readouterr().out
+    assert "rolling as in lm-eval" in printed and f"{entry['word_perplexity']:.5g}" in printed
+
+
+def test_a_part_of_a_text_has_no_words(go, original, tmp_path):
+    options = ["--rolling", "--tokens", 50, "--stride", 7, "--window", 20]
+    assert go(*options, "-o", tmp_path / "e.json", model=original) == 0
+    [entry] = document(tmp_path / "e.json")["results"]
+    assert sum(entry["tokens"]) == 50 and entry["tokens"][:2] == [20, 7]
+    assert "word_perplexity" not in entry
+
+
+def test_a_loss_that_is_not_finite_is_said(go, tmp_path, capfd, task):
+    broken = make_model()
+    with torch.no_grad():
+        broken.model.norm.weight[0] = torch.nan
+    folder = save(broken, tmp_path / "broken")
+    assert go("--tokens", 40, "--window", 16, "--task", task, "-o", tmp_path / "e.json",
+              model=folder) == 0  # fmt: skip
+    printed = capfd.readouterr().out
+    assert "model: 3 windows have a loss that is not finite" in printed
+    assert "model: 24 questions of words have a loss that is not finite" in printed
+    [entry] = document(tmp_path / "e.json")["results"]
+    assert entry["perplexity"] == "NaN" and entry["losses"] == ["NaN"] * 3
+    assert entry["interval"] == ["NaN", "NaN"] and entry["not_finite"] == 3
+
+
+@pytest.fixture
+def harness_task(tmp_path, task):
+    """The same questions as a task of lm-eval, in a YAML file."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps({
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(task)}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{answer}}",
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }))  # fmt: skip
+    return path
+
+
+def test_lm_eval(go, out, original, task, harness_task, tmp_path, capfd):
+    """Its acc is ours by the rule "sum", on the same questions, for each model."""
+    pytest.importorskip("lm_eval", reason="needs lm-eval")
+    options = ["--no-text", "--lm-eval", str(harness_task), "--device", "cpu"]
+    for name in ("a.json", "b.json"):
+        assert main(["eval", str(out), *options, "-o", str(tmp_path / name)]) == 0
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    found, printed = document(tmp_path / "a.json"), capfd.readouterr().out
+    read = read_task(task)
+    for name, model in models(original, out).items():
+        expected = score_choices(model, make_tokenizer(), read).accuracy_by("sum")
+        metrics = found["lm_eval"][name]["results"]["mine"]
+        assert metrics["acc,none"] == expected
+        shown = rf"mine +acc,none +{name} +{expected:.5g} ± {metrics['acc_stderr,none']:.2g}"
+        assert re.search(shown, printed)
+    assert [entry["perplexity"] for entry in found["results"]] == [None] * 3
+
+
+def test_lm_eval_without_the_library(fail, unloaded, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert "pip install 'swkernels[lm-eval]'" in fail("--lm-eval", "arc_easy")
 
 
 def test_what_cannot_be_measured(fail, tmp_path):
