@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,16 +14,14 @@ from swkernels.detect.perplexity import Perplexity
 from swkernels.detect.report import versions
 from swkernels.errors import InvalidInput
 from swkernels.quant.model import size_of
-from swkernels.train.figure import INK, LINE, MARK, MUTED
 
 from .bootstrap import DRAWS
 from .choices import RULES
+from .evaluate_views import draw, panels
 from .results import Progress, Result, silent
 from .yardstick import Scores, Yardstick
 
 MODEL = "model"
-_COLORS = (LINE, MARK, MUTED, INK)
-_WIDE = 10.0  # perplexities of windows that differ more than so many times need a log scale
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Evaluation(Result):
 
     @property
     def height(self) -> float:
-        return 1.0 + sum(inches for _, inches in self._panels())
+        return 1.0 + sum(inches for _, inches in panels(self))
 
     def beside(self, *others: Evaluation, against: str | None = None) -> Evaluation:
         """Put other models behind this one.
@@ -194,21 +192,10 @@ class Evaluation(Result):
         entry["stop_words"] = None if scores.stop_words is None else scores.stop_words.to_dict()
         return entry
 
-    def _panels(self) -> list[tuple]:
-        """What is drawn, and its height in inches."""
-        panels: list[tuple] = [] if self.scores.perplexity is None else [(_draw_windows, 3.0)]
-        bars = len(RULES) * len(self.conditions)
-        return panels + [
-            (lambda axes, e, name=name: _draw_accuracy(axes, e, name), 0.8 + 0.22 * bars)
-            for name in self.scores.choices
-        ]
-
     def _draw(self, figure) -> None:
-        panels = self._panels()
-        heights = [inches for _, inches in panels]
-        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for one, (draw, _) in zip(axes, panels):
-            draw(one, self)
+        if not panels(self):
+            raise InvalidInput("there is nothing to draw: no perplexity and no task was measured")
+        draw(figure, self)
 
 
 def evaluate(
@@ -271,50 +258,6 @@ def interval(
         means.append(sums[drawn].sum() / counts[drawn].sum())
     low, high = np.percentile(means, (2.5, 97.5))
     return exp(float(low)), exp(float(high))
-
-
-def _draw_windows(axes, evaluation: Evaluation) -> None:
-    """The perplexity of each window, a line a model."""
-    drawn: list[float] = []
-    for number, condition in enumerate(evaluation.conditions):
-        found, color = condition.scores.perplexity, _COLORS[number % len(_COLORS)]
-        values = [exp(loss / count) for loss, count in zip(found.losses, found.tokens)]
-        finite = [(at, value) for at, value in enumerate(values) if math.isfinite(value)]
-        drawn += [value for _, value in finite]
-        label = f"{condition.which}: {found.value:.5g}"
-        axes.plot(*_columns(finite), "o-", ms=3, lw=1, color=color, label=label)
-        # No height of the scale is theirs: they stand at the upper edge.
-        broken = [at for at, value in enumerate(values) if not math.isfinite(value)]
-        axes.plot(broken, [0.97] * len(broken), "x", color=color,
-                  transform=axes.get_xaxis_transform())  # fmt: skip
-    if drawn and max(drawn) > _WIDE * min(drawn):
-        axes.set_yscale("log")
-    axes.set_xlabel("window")
-    axes.set_ylabel("perplexity")
-    axes.grid(True, color="#dde2e7", linewidth=0.8)
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _draw_accuracy(axes, evaluation: Evaluation, task: str) -> None:
-    """The accuracy on a task by each rule with its interval, a colour a model."""
-    labels, place = [], 0
-    for rule in RULES:
-        for number, condition in enumerate(evaluation.conditions):
-            scores = replace(condition.scores.choices[task], rule=rule)
-            low, high = scores.interval
-            color = _COLORS[number % len(_COLORS)]
-            axes.plot([100 * low, 100 * high], [place, place], color=color, lw=2)
-            axes.plot([100 * scores.accuracy], [place], "o", color=color)
-            labels.append(f"{condition.which}, {rule}")
-            place += 1
-    axes.set_yticks(range(place), labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"{task}: % correct, with 95 % intervals")
-    axes.grid(axis="x", color="#dde2e7", linewidth=0.8)
-
-
-def _columns(points: Sequence[tuple]) -> tuple[list, list]:
-    return [x for x, _ in points], [y for _, y in points]
 
 
 __all__ = ["MODEL", "Condition", "Evaluation", "evaluate", "interval"]
