@@ -119,22 +119,24 @@ class Edits:
                         matrix[row, column] = 0
             yield
         finally:
-            _put_back(saved)
+            # A Ctrl-C meanwhile waits until all are back. Python looks for one where a function
+            # begins and where a loop goes round, so both must happen inside the try.
+            interrupted = None
+            while saved:
+                try:
+                    while saved:
+                        _put_back_last(saved)
+                except KeyboardInterrupt as error:
+                    interrupted = error
+            if interrupted is not None:
+                raise interrupted
 
 
-def _put_back(saved: list[tuple[torch.Tensor, int, int, torch.Tensor]]) -> None:
-    """Restore every value, the last first; a Ctrl-C meanwhile waits until all are back."""
-    interrupted = None
-    while saved:
-        try:
-            matrix, row, column, value = saved[-1]
-            with torch.no_grad():
-                matrix[row, column] = value
-            saved.pop()
-        except KeyboardInterrupt as error:
-            interrupted = error
-    if interrupted is not None:
-        raise interrupted
+def _put_back_last(saved: list[tuple[torch.Tensor, int, int, torch.Tensor]]) -> None:
+    matrix, row, column, value = saved[-1]
+    with torch.no_grad():
+        matrix[row, column] = value
+    saved.pop()
 
 
 def weights_of(model: nn.Module, given: object, name: str | None = None) -> Coordinates:
