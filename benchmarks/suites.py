@@ -40,6 +40,7 @@ OPERATIONS = (
     "tracked_model",
     "sparse_training",
     "quant_generation",
+    "perplexity",
 )
 SUITES = ("cpu", "gpu", "models")
 
@@ -84,6 +85,15 @@ def cases(
             from benchmarks.models import quant_generation
 
             yield quant_generation.case(device)
+        if "perplexity" in ops:
+            from benchmarks.models import perplexity
+
+            for dtype in ("float32", "bfloat16"):
+                yield from perplexity.cases(dtype, device)
+        if "topk_abs" in ops and device.type == "cpu":
+            from benchmarks.models import topk_checkpoint
+
+            yield topk_checkpoint.case()
         if device.type == "cpu":  # rounds too long for the suite cpu
             yield from _low_rank("cpu", device, ops)
             yield from _packed("models", device, ops)

@@ -221,6 +221,17 @@ TARGETS = [
     ),
     *(
         Target(
+            f"`swkernels eval`: perplexity of SmolLM2 over the bare batched forward, {dtype}",
+            "cpu",
+            "perplexity",
+            {"dtype": dtype, "projection": "windows of 1024, 2 together"},
+            over_bare,
+            1.05,
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        Target(
             f"LoRA on OLMo-1B's q, k, v, o, 1024 tokens: time added{what}, over PEFT's, {dtype}",
             "cpu",
             "lora_linear",
@@ -243,6 +254,16 @@ TARGETS = [
         {"dtype": "float32", "columns": 4096},
         times_faster("materialise, topk"),
         25,
+        at_least=True,
+    ),
+    Target(
+        "`topk_abs` of a whole SmolLM2 from its safetensors file, k = 10000, reading it over this, "
+        "float32",
+        "cpu",
+        "topk_abs",
+        {"projection": "every tensor of its safetensors file", "dtype": "float32"},
+        of_read,
+        0.5,
         at_least=True,
     ),
     *(
