@@ -259,8 +259,8 @@ def test_a_report_and_the_catalogue(model, tmp_path, monkeypatch):
     )
     found.save(tmp_path / "report.json")
     for given in (found, found.data, tmp_path / "report.json", str(tmp_path / "report.json")):
-        listed = {site: places.tolist() for site, places in weights_of(model, given).weights.items()}
-        assert listed == {(NAME, None): [[5, 7]]}
+        places = {s: listed.tolist() for s, listed in weights_of(model, given).weights.items()}
+        assert places == {(NAME, None): [[5, 7]]}
     asked = []
     monkeypatch.setattr(
         Coordinates, "from_catalogue", classmethod(lambda cls, *given: asked.append(given))
