@@ -228,7 +228,7 @@ def score_choices(
         model: a decoder, of Hugging Face's kind or one that maps ids [B, S] to logits [B, S, V];
             run in eval mode, and given back as it was.
         tokenizer: the model's, of Hugging Face's kind.
-        batch_size: items that run together. It changes a score by rounding at most.
+        batch_size: sequences that run together. It changes a score by rounding at most.
         share_prefixes: run the tokens that all choices of an item begin with once, and every
             choice on from there. The first batch is checked against running each choice in full:
             a model for which the two differ, or that keeps no cache, is run in full.
@@ -257,8 +257,8 @@ def score_choices(
     )
     found: dict[int, list[float]] = {}
     with evaluating(model):
-        run = PrefixRun(model, share_prefixes)
-        for numbers in run.batches(pairs, batch_size):
+        run = PrefixRun(model, batch_size, share_prefixes)
+        for numbers in run.batches(pairs):
             found |= zip(numbers, run.scores([pairs[number] for number in numbers]))
             for number in numbers if strict else ():
                 if not all(map(math.isfinite, found[number])):
@@ -277,8 +277,7 @@ def score_choices(
         tuple(tuple(found[number]) for number in range(len(pairs))),
         tuple(tuple(len(pair.targets) for pair in of_item) for of_item in pairs),
         tuple(
-            tuple(len(text.removeprefix(" ")) for text in item.continuations)
-            for item in task.items
+            tuple(len(text.removeprefix(" ")) for text in item.continuations) for item in task.items
         ),
         rule,
         run.shares,

@@ -1,9 +1,10 @@
-"""Log-likelihoods of continuations: each choice alone, or what choices begin with run once."""
+"""Log-likelihoods of continuations: each choice in full, or what choices begin with run once."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,60 +16,80 @@ from swkernels.errors import InvalidInput
 from .pairs import Pair, shared_prefix
 
 _ROWS = 256  # logits turned into losses at a time: their float32 copies are V wide each
+_WINDOWS = "sliding_window", "attention_chunk_size"  # a mask of one's own overrides these
+_REFUSALS = TypeError, ValueError, IndexError, AttributeError, RuntimeError
 
 
 class PrefixRun:
-    """One run over a task's items with one model.
+    """One run over a task's items with one model, kept in eval mode and without gradients.
+
+    Args:
+        size: sequences that run together.
+        shares: run what the choices of an item begin with once.
 
     Attributes:
-        shares: whether prefixes are shared; false from the start, or from the first batch on for
-            a model that does not take it.
+        shares: false from the first batch on for a model that does not take it.
     """
 
-    def __init__(self, model: nn.Module, shares: bool = True):
-        self._scorer = Scorer(model)
-        self._checked = False
+    def __init__(self, model: nn.Module, size: int, shares: bool = True):
+        self._scorer = _Scorer(model, size)
+        self._size = size
+        self._window = _window(model)
         self._tolerance = _tolerance(model)
+        self._checked = False
         self.shares = shares and hasattr(model, "config")
 
-    def batches(self, items: Sequence[Sequence[Pair]], size: int) -> Iterator[list[int]]:
+    def batches(self, items: Sequence[Sequence[Pair]]) -> Iterator[list[int]]:
         """Numbers of items that run together, the longest first: what is too much fails early."""
-        lengths = [shared_prefix(pairs) for pairs in items]
-        longest = [max(len(pair.inputs) for pair in pairs) for pairs in items]
-        order = sorted(range(len(items)), key=lambda n: (-lengths[n], -longest[n]))
-        while order:
-            first = lengths[order[0]]
-            batch = [n for n in order[:size] if lengths[n] == first]
-            del order[: len(batch)]
-            yield batch
+        lengths = [len(Packed(pairs).ids) if self.shares else _longest([pairs]) for pairs in items]
+        order = sorted(range(len(items)), key=lambda number: -lengths[number])
+        for begin in range(0, len(order), self._size):
+            yield order[begin : begin + self._size]
 
     def scores(self, items: Sequence[Sequence[Pair]]) -> list[list[float]]:
-        """Summed log-likelihood of each pair of each item."""
-        if not self.shares or shared_prefix(items[0]) == 0:
-            return self._scorer.in_full(items)
-        if self._checked:
-            return self._scorer.together(items)
-        self._checked = True
+        """Summed log-likelihood of the targets of each pair of a batch of items, in nats."""
+        if self.shares and _longest(items) <= self._window:
+            packed = [Packed(pairs) for pairs in items]
+            if self._checked:
+                return self._scorer.packed(packed)
+            forked = [number for number, one in enumerate(packed) if one.forks]
+            if forked:
+                self._checked = True
+                found = self._tried(packed, items, {forked[0], forked[-1]})
+                if found is not None:
+                    return found
+                self.shares = False
+        return self._scorer.in_full(items)
+
+    def _tried(
+        self, packed: list[Packed], items: Sequence[Sequence[Pair]], checked: Iterable[int]
+    ) -> list[list[float]] | None:
+        """The scores of packed items; None where those of some are not the ones in full."""
         try:
-            found = self._scorer.together(items)
+            found = self._scorer.packed(packed)
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, IndexError, AttributeError, RuntimeError):
-            found = None
-        ends = sorted({0, len(items) - 1})
-        expected = self._scorer.in_full([items[end] for end in ends])
-        if found is None or not all(
-            self._agree(items[end], found[end], other) for end, other in zip(ends, expected)
-        ):
-            self.shares = False
-            return self._scorer.in_full(items)
+        except _REFUSALS:
+            return None
+        for number in checked:
+            [in_full] = self._scorer.in_full([items[number]])
+            for pair, a, b in zip(items[number], found[number], in_full):
+                near = abs(a - b) <= self._tolerance * len(pair.targets)
+                if not (near or a == b or (math.isnan(a) and math.isnan(b))):
+                    return None
         return found
 
-    def _agree(self, pairs, found, expected) -> bool:
-        return all(
-            a == b or abs(a - b) <= self._tolerance * len(pair.targets) or (a != a and b != b)
-            for pair, a, b in zip(pairs, found, expected)
-        )
+
+def _longest(items: Sequence[Sequence[Pair]]) -> int:
+    return max(len(pair.inputs) for pairs in items for pair in pairs)
+
+
+def _window(model: nn.Module) -> float:
+    """The longest sequence whose every token sees all before it."""
+    config = getattr(model, "config", None)
+    config = config if config is None else config.get_text_config()
+    found = [getattr(config, name, None) for name in _WINDOWS]
+    return min((size for size in found if isinstance(size, int)), default=math.inf)
 
 
 def _tolerance(model: nn.Module) -> float:
@@ -81,79 +102,105 @@ def _tolerance(model: nn.Module) -> float:
     return max((torch.finfo(dtype).eps for dtype in dtypes), default=1e-3) ** 0.5
 
 
-class Scorer:
-    """Scores pairs with one model, which the caller keeps in eval mode and without gradients."""
+class Packed:
+    """The choices of an item in one sequence [T]: what all begin with, then the rest of each.
 
-    def __init__(self, model: nn.Module):
+    Attributes:
+        ids: the tokens.
+        positions: where each is in its own choice.
+        parts: 0 for what all begin with, then 1, 2, ...: the choice.
+        forks: whether more than one choice goes on after the beginning.
+        columns: of each choice, where its scored predictions are.
+        targets: of each choice, the tokens that are scored.
+    """
+
+    def __init__(self, pairs: Sequence[Pair]):
+        shared = shared_prefix(pairs)
+        self.ids = pairs[0].inputs[:shared]
+        self.positions = list(range(shared))
+        self.parts = [0] * shared
+        self.columns: list[list[int]] = []
+        self.targets = [pair.targets for pair in pairs]
+        for part, pair in enumerate(pairs, 1):
+            begin, rest = len(self.ids), pair.inputs[shared:]
+            places = [*range(shared), *range(begin, begin + len(rest))]
+            self.columns.append(places[pair.first :])
+            self.ids = self.ids + rest
+            self.positions += range(shared, shared + len(rest))
+            self.parts += [part] * len(rest)
+        self.forks = len(set(self.parts) - {0}) > 1
+
+
+class _Scorer:
+    """Runs a model on batches of items, at most ``size`` sequences at a time."""
+
+    def __init__(self, model: nn.Module, size: int):
         self._model = model
+        self._size = size
         self._device = Runner(model).device
         self._hugging_face = hasattr(model, "config")
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def in_full(self, items: Sequence[Sequence[Pair]]) -> list[list[float]]:
-        """Summed log-likelihood of each pair's targets, in nats: every pair is run by itself."""
+        """Every choice is run by itself, from its beginning.
+
+        They are padded on the right, where no token of theirs sees it; those that run together
+        are about equally long, so that little is padded.
+        """
         pairs = [pair for of_item in items for pair in of_item]
         sums = _Sums(len(pairs))
-        start = min(pair.first for pair in pairs)
-        ids = _padded([pair.inputs for pair in pairs])  # [B, S]
-        logits, _ = self._run(ids, ids.shape[1] - start, use_cache=False)
-        for row, pair in enumerate(pairs):
-            sums.want(row, row, range(pair.first - start, len(pair.inputs) - start), pair.targets)
-        sums.add(logits)
-        return _by_item(items, sums)
+        order = sorted(range(len(pairs)), key=lambda number: -len(pairs[number].inputs))
+        for begin in range(0, len(order), self._size):
+            part = order[begin : begin + self._size]
+            ids = _padded([pairs[number].inputs for number in part])  # [B, S]
+            start = min(pairs[number].first for number in part)
+            logits = self._logits(ids, start)
+            for row, number in enumerate(part):
+                pair = pairs[number]
+                sums.want(number, row, range(pair.first, len(pair.inputs)), pair.targets)
+            sums.add(logits, start)
+        return sums.of(items)
 
-    def together(self, items: Sequence[Sequence[Pair]]) -> list[list[float]]:
-        """The same for the pairs of items: what all pairs of an item begin with is run once.
+    def packed(self, items: Sequence[Packed]) -> list[list[float]]:
+        """Every item is one sequence; a choice sees what all begin with, and itself."""
+        sums = _Sums(sum(len(item.columns) for item in items))
+        ids = _padded([item.ids for item in items])  # [B, T]
+        parts = _padded([item.parts for item in items], -1)
+        query, key = parts[:, :, None], parts[:, None, :]
+        seen = ((key == 0) | (key == query)).tril()  # [B, T, T]
+        mask = torch.zeros(seen.shape, dtype=self._model.dtype)
+        mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)
+        start = min(column for item in items for columns in item.columns for column in columns)
+        logits = self._logits(
+            ids,
+            start,
+            attention_mask=mask[:, None].to(self._device),
+            position_ids=_padded([item.positions for item in items]).to(self._device),
+        )
+        number = 0
+        for row, item in enumerate(items):
+            for columns, targets in zip(item.columns, item.targets):
+                sums.want(number, row, columns, targets)
+                number += 1
+        sums.add(logits, start)
+        return sums.of([item.columns for item in items])
 
-        The prefixes of a batch are equally long, so that none is padded; what follows them is
-        padded on the right, where no token sees it.
-        """
-        length = min(shared_prefix(pairs) for pairs in items)
-        choices = [(number, pair) for number, pairs in enumerate(items) for pair in pairs]
-        sums = _Sums(len(choices))
-        start = min(length - 1, *(pair.first for _, pair in choices))
-        prefixes = torch.tensor([pairs[0].inputs[:length] for pairs in items])  # [B, length]
-        logits, cache = self._run(prefixes, length - start, use_cache=True)
-        for choice, (number, pair) in enumerate(choices):
-            places = range(pair.first - start, length - start)  # empty: all of it comes later
-            sums.want(choice, number, places, pair.targets)
-        sums.add(logits)
-        del logits
-
-        rest = [
-            (choice, number, pair)
-            for choice, (number, pair) in enumerate(choices)
-            if len(pair.inputs) > length
-        ]
-        if rest:
-            indices = torch.tensor([number for _, number, _ in rest], device=self._device)
-            cache.batch_select_indices(indices)
-            ids = _padded([pair.inputs[length:] for *_, pair in rest])  # [R, S]
-            start = min(max(pair.first, length) for *_, pair in rest)
-            logits, _ = self._run(
-                ids, length + ids.shape[1] - start, use_cache=True, past_key_values=cache
-            )
-            for row, (choice, _, pair) in enumerate(rest):
-                places = range(max(pair.first, length) - start, len(pair.inputs) - start)
-                sums.want(choice, row, places, pair.targets[len(pair.targets) - len(places) :])
-            sums.add(logits)
-        return _by_item(items, sums)
-
-    def _run(self, ids: torch.Tensor, keep: int, **options) -> tuple[torch.Tensor, object]:
-        """The last ``keep`` logits [B, keep, V] of ids [B, S], and the cache."""
-        if not self._hugging_face:
-            options = {}
-        elif self._keeps:
+    def _logits(self, ids: torch.Tensor, start: int, **options) -> torch.Tensor:
+        """The logits [B, S - start, V] from place ``start`` on, for ids [B, S]."""
+        ids, keep = ids.to(self._device), ids.shape[1] - start
+        if self._keeps:
             options["logits_to_keep"] = keep
-        ids = ids.to(self._device)
-        output = self._model(input_ids=ids, **options) if options else self._model(ids)
+        if self._hugging_face:
+            output = self._model(input_ids=ids, use_cache=False, **options)
+        else:
+            output = self._model(ids)
         logits = getattr(output, "logits", output)
         if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
             raise InvalidInput(
                 f"{type(self._model).__name__} gives no logits [B, S, V]: multiple choice needs a "
                 "model with a language-model head"
             )
-        return logits[:, -keep:], getattr(output, "past_key_values", None)
+        return logits[:, -keep:]
 
 
 class _Sums:
@@ -163,31 +210,29 @@ class _Sums:
         self._sums = torch.zeros(count, dtype=torch.float64)
         self._wanted: list[tuple[int, int, int, int]] = []
 
-    def want(self, into: int, row: int, columns: range, targets: Sequence[int]) -> None:
-        """Add to sum ``into`` the targets [N] at ``columns`` [N] of a row of the next logits."""
+    def want(self, into: int, row: int, columns: Sequence[int], targets: Sequence[int]) -> None:
+        """Add to sum ``into`` the targets [N] at the places ``columns`` [N] of a row."""
         self._wanted += [(into, row, *place) for place in zip(columns, targets)]
 
-    def add(self, logits: torch.Tensor) -> None:
-        """Take what was wanted from logits [B, K, V]: log-softmax in float32."""
+    def add(self, logits: torch.Tensor, start: int) -> None:
+        """Take what was wanted from logits [B, K, V] of the places from ``start`` on.
+
+        The log-softmax is taken in float32.
+        """
         wanted, self._wanted = torch.tensor(self._wanted, dtype=torch.int64).view(-1, 4), []
-        losses = [
-            F.cross_entropy(logits[rows, columns].float(), targets, reduction="none")
-            for _, rows, columns, targets in (
-                part.to(logits.device).unbind(1) for part in wanted.split(_ROWS)
-            )
-        ]
-        if len(wanted):
-            self._sums.index_add_(0, wanted[:, 0], -torch.cat(losses).double().cpu())
+        for part in wanted.split(_ROWS):
+            into, rows, columns, targets = part.to(logits.device).unbind(1)
+            scored = logits[rows, columns - start].float()  # [N, V]
+            losses = F.cross_entropy(scored, targets, reduction="none")
+            self._sums.index_add_(0, into.cpu(), -losses.double().cpu())
 
-    def values(self) -> list[float]:
-        return self._sums.tolist()
-
-
-def _by_item(items: Sequence[Sequence[Pair]], sums: _Sums) -> list[list[float]]:
-    found = iter(sums.values())
-    return [[next(found) for _ in pairs] for pairs in items]
+    def of(self, items: Iterable[Sequence]) -> list[list[float]]:
+        """The sums of the choices of each item."""
+        sums = iter(self._sums.tolist())
+        return [[next(sums) for _ in pairs] for pairs in items]
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """int64 [B, S]: rows padded on the right with 0, which no token of theirs sees."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+def _padded(rows: Iterable[Sequence[int]], value: int = 0) -> torch.Tensor:
+    """int64 [B, S]: rows padded on the right."""
+    tensors = [torch.tensor(row) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)

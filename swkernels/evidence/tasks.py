@@ -208,7 +208,9 @@ def _plain(where: str, row: dict) -> tuple[tuple[str, ...], list, int]:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise InvalidInput(f"{where}: {field} is missing or no {kind.__name__}")
     if not 0 <= answer < len(choices):
-        raise InvalidInput(f"{where}: answer {answer} is none of the choices 0 to {len(choices)-1}")
+        raise InvalidInput(
+            f"{where}: answer {answer} is none of the choices 0 to {len(choices) - 1}"
+        )
     return (context,), choices, answer
 
 
