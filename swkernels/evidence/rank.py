@@ -30,7 +30,7 @@ _PACKED = re.compile(
     r"|packed_\w+)|\.weight\.(absmax|quant_map|nested_\w+|quant_state\..*)|_(blocks|scales))$",
     re.I,
 )
-_LOAD = "load the model, make its weights plain (model.dequantize()), and pass the model"
+_LOAD = "load the model, dequantize it, and pass the model"
 
 
 def rank(

@@ -9,6 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from swkernels.errors import InvalidInput
@@ -18,6 +19,7 @@ from swkernels.evidence.rank import _largest, rank
 from swkernels.models import find_down_projections
 from swkernels.models.kinds import KINDS
 from swkernels.ops import topk_abs
+from swkernels.quant import QuantConfig, quantize
 from swkernels.train import Coordinates
 from tests.cli.checkpoints import make_model
 from tests.models.tiny import tiny_model
@@ -377,6 +379,25 @@ def test_experts_that_are_packed(tmp_path):
                "model.layers.0.self_attn.q_proj.weight": torch.ones(4, 4)}  # fmt: skip
     save_file(tensors, tmp_path / "a.safetensors")
     assert "is of a packed weight" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_quantized_model_is_refused(name):
+    model = tiny_model(name)
+    quantize(model, QuantConfig(block_size="tensor"), progress=False)
+    assert "of a packed weight" in refused(model)
+
+
+def test_an_adapted_model_ranks_the_weights_below_its_adapters():
+    model = make_model()
+    expected = rank(model, 50)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["down_proj", "q_proj"]))
+    ranking = rank(adapted, 50)
+    assert torch.equal(ranking.value, expected.value)
+    assert "other" in {entry.why for entry in ranking.left_out}
+    for named in (ranking.coordinates(), ranking.coordinates(model=adapted)):
+        values = [entry.value for entry in Edits(adapted, named).entries]
+        assert sorted(values) == sorted(expected.value.tolist())
 
 
 def test_bad_input(folder, tmp_path):
