@@ -167,6 +167,19 @@ SWK_API int swk_cpu_topk_low_rank(const float* const* B, const float* const* A, 
                                   double* sums, int64_t* places, int64_t* which, int threads,
                                   int isa);
 
+// The k entries of largest magnitude over `count` matrices, in descending order; of equal ones
+// the first, by matrix and by place.
+//   x       x[i] [D[i], H[i]] of dtypes[i] (swk_dtype, those of 8 bits too)
+//   strides [2 * count]: elements from a row of x[i] to the next, and from a column to the next
+//   k       at most the number of entries
+//   values, places, which  [k], out: the entry, row * H + column, and the number of its matrix
+//   nan     [2], out with SWK_NOT_A_NUMBER: matrix and place of the first NaN
+// Errors: SWK_BAD_DTYPE, SWK_BAD_SIZE, SWK_BAD_ISA, SWK_OUT_OF_MEMORY, SWK_NOT_A_NUMBER.
+SWK_API int swk_cpu_topk_abs(const void* const* x, const int* dtypes, const int64_t* D,
+                             const int64_t* H, const int64_t* strides, int64_t count, int64_t k,
+                             float* values, int64_t* places, int64_t* which, int64_t* nan,
+                             int threads, int isa);
+
 // Packed matrices, here and below:
 //   D, H                       the matrix [D, H], at most 2^31 - 1 elements
 //   block_rows, block_columns  0 and n: runs of n elements of the flattened matrix, the last one
@@ -232,6 +245,41 @@ SWK_API int swk_cpu_quant_linear(const void* x, int dtype, int64_t x_stride, int
 SWK_API int swk_cuda_column_absmax(const void* x, int dtype, int64_t T, int64_t C, int64_t stride,
                                    int64_t* keys, const int64_t* token_index, int64_t token_offset,
                                    void* stream);
+
+// One of several matrices [D, H] on a device: its swk_dtype, those of 8 bits too, and how many
+// elements lie from a row to the next and from a column to the next, one of them 1.
+typedef struct swk_matrix {
+  const void* x;
+  int64_t dtype, D, H, row_stride, column_stride;
+} swk_matrix;
+
+// The two passes of a search for the entries of largest magnitude over `count` matrices, on the
+// current CUDA device. Entries are numbered matrix by matrix and row by row: those are their
+// places. Their keys are the bits of |v| as float32. A pass reads 16 bytes at a time, and
+// elements before the first and beyond the last 16-byte boundary of a row one by one.
+//   matrices  [count], on the host, read before the call returns; the elements are on the device
+//   low       a key, at most that of infinity
+//   nan       out: lowered to the place of the first NaN that the pass reads
+//   stream    a cudaStream_t; the calls return once the kernels are queued
+// Errors: SWK_BAD_DTYPE, SWK_BAD_SIZE (also a number outside its range), SWK_CUDA_ERROR.
+
+// Adds to counts[(key - low) >> shift] for each entry whose key is at least `low`; or, with `ties`,
+// to counts[(place - first) >> shift] for each entry from `first` on whose key is `low`. Entries
+// beyond the last bin are not counted.
+//   step    looks at every step-th piece of 16 KiB only; 1 looks at all
+//   counts  [bins], device, in and out; bins from 1 to 2048
+SWK_API int swk_cuda_topk_abs_count(const swk_matrix* matrices, int64_t count, int64_t step,
+                                    int low, int ties, int64_t first, int shift, int bins,
+                                    int64_t* counts, int64_t* nan, void* stream);
+
+// Writes, in no order, the values and the places of the entries whose key is above `low`, or is
+// `low` at a place up to `last`.
+//   values, places  [capacity], device, out
+//   found           device, in and out: raised by how many there are; once it is above `capacity`
+//                   the pass ends early, and neither the number nor `nan` is complete
+SWK_API int swk_cuda_topk_abs_gather(const swk_matrix* matrices, int64_t count, int low,
+                                     int64_t last, int64_t capacity, float* values,
+                                     int64_t* places, int64_t* found, int64_t* nan, void* stream);
 
 // What the last SWK_CUDA_ERROR of this thread was: the kernel, its launch shape and CUDA's own
 // text. Valid until the thread's next call.

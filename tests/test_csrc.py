@@ -169,6 +169,38 @@ int main() {
                                                which.data(), 2, isa);
       if (status) return std::printf("status %d", status), 1;
     }
+    for (int64_t k : {0, 1, 3000, 100000}) {
+      // 1,000 x 300, its transpose, every other column, one row; of each type.
+      const int64_t D[4] = {1000, 300, 1000, 1}, H[4] = {300, 1000, 150, 300000};
+      const int64_t strides[8] = {300, 1, 1, 300, 300, 2, 300000, 1};
+      std::vector<std::vector<unsigned char>> held;
+      std::vector<const void*> x;
+      std::vector<int> dtypes;
+      std::vector<int64_t> all_D, all_H, all_strides;
+      for (int dtype = SWK_FLOAT32; dtype <= SWK_FLOAT8_E5M2; ++dtype) {
+        const size_t size = dtype == SWK_FLOAT32 ? 4 : dtype <= SWK_FLOAT16 ? 2 : 1;
+        held.emplace_back(300000 * size);
+        for (auto& byte : held.back()) byte = static_cast<unsigned char>(std::rand() % 64);
+        for (int i = 0; i < 4; ++i) {
+          x.push_back(held.back().data());
+          dtypes.push_back(dtype);
+          all_D.push_back(D[i]);
+          all_H.push_back(H[i]);
+          all_strides.insert(all_strides.end(), {strides[2 * i], strides[2 * i + 1]});
+        }
+      }
+      std::vector<float> values(static_cast<size_t>(k));
+      std::vector<int64_t> places(values.size()), which(values.size()), nan(2);
+      const auto run = [&](int64_t matrices) {
+        return swk_cpu_topk_abs(x.data(), dtypes.data(), all_D.data(), all_H.data(),
+                                all_strides.data(), matrices, k, values.data(), places.data(),
+                                which.data(), nan.data(), 3, isa);
+      };
+      int status = run(20) | run(1);
+      held[1][301] = 0xFF, held[1][300] = 0xFF;  // NaN in the 2nd type, element 150
+      if (k > 0 && (run(20) != SWK_NOT_A_NUMBER || nan[0] != 4 || nan[1] != 150)) status = -1;
+      if (status) return std::printf("status %d", status), 1;
+    }
   }
   return 0;
 }

@@ -30,7 +30,8 @@ inline float float_of(uint32_t bits) {
 //   Bits, kMagnitude (mask, and the state of a channel that has seen NaN), kInfinity;
 //   key_bits(m): the float32 bits of a magnitude m <= kInfinity;
 //   below(k): a magnitude m (or -1) such that everything whose float32 bits are at least k
-//       exceeds m, for k <= kInfinityBits + 1. -1 is always right; a higher m saves work.
+//       exceeds m, for k <= kInfinityBits + 1. -1 is always right; a higher m saves work. The
+//       types of 8 bits have none.
 
 struct Float32 {
   using Bits = int32_t;
@@ -68,6 +69,31 @@ struct Float16 {
     if (key > kInfinityBits) return kInfinity;
     if (key > 0x477FE000) return 0x7BFF;  // 65504, the largest number
     return static_cast<Bits>(((key - (112u << 23) + 0x1FFF) >> 13) - 1);
+  }
+};
+
+// float8_e4m3fn of PyTorch. There is no infinity: kInfinity is the largest number, and only NaN,
+// 0x7F, lies above it.
+struct Float8E4M3 {
+  using Bits = int8_t;
+  static constexpr Bits kMagnitude = 0x7F;
+  static constexpr Bits kInfinity = 0x7E;  // 448
+
+  static uint32_t key_bits(Bits magnitude) {
+    const uint32_t shifted = static_cast<uint32_t>(magnitude) << 20;
+    if (magnitude >= 8) return shifted + (120u << 23);
+    return bits_of(float_of(shifted + (121u << 23)) - float_of(121u << 23));  // as in Float16
+  }
+};
+
+// float8_e5m2: the upper half of a float16.
+struct Float8E5M2 {
+  using Bits = int8_t;
+  static constexpr Bits kMagnitude = 0x7F;
+  static constexpr Bits kInfinity = 0x7C;
+
+  static uint32_t key_bits(Bits magnitude) {
+    return Float16::key_bits(static_cast<Float16::Bits>(magnitude << 8));
   }
 };
 

@@ -18,6 +18,7 @@ from .quantized import QuantizedTensor
 from .sampled_grad import sampled_grad
 from .sparse_linear import pattern_linear, sparse_linear
 from .topk import TopK
+from .topk_abs import topk_abs
 from .topk_low_rank import topk_low_rank
 
 __all__ = [
@@ -44,5 +45,6 @@ __all__ = [
     "sampled_grad",
     "sparse_linear",
     "token_index",
+    "topk_abs",
     "topk_low_rank",
 ]

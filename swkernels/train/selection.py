@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from swkernels import ops
 from swkernels.errors import InvalidInput
 
 from .files import read_json
@@ -18,7 +19,6 @@ _REPORT = "swkernels.scan/1"  # docs/report.md
 _VERDICTS = (
     "super weight", "part of a critical set", "critical set", "mild", "inert", "candidate"
 )  # fmt: skip
-_CHUNK = 1 << 22  # entries that are looked at together
 
 Listed = dict[Site, torch.Tensor]
 Shapes = dict[Site, tuple[int, int]]
@@ -100,44 +100,29 @@ def largest_magnitudes(
     else:
         weights = find_weights(model, [modules] if isinstance(modules, str) else modules)
     _check_count(k, sum(D * H for D, H in (weight.shape for weight in weights)), "entries")
-    best = torch.zeros(0, dtype=torch.float64)  # [<= k], in the order of ``places``
-    places = torch.zeros(0, 2, dtype=torch.int64)  # [<= k, 2]: weight, flat index; ascending
+    best = torch.zeros(0, dtype=torch.float64)  # [<= k], descending
+    places = torch.zeros(0, 3, dtype=torch.int64)  # [<= k, 3]: weight, row, column
     for number, weight in enumerate(weights):
-        for start, magnitudes in _chunks(weight):
-            values, index = _largest(magnitudes, k)
-            found = torch.stack([torch.full_like(index, number), index + start], 1)
-            best, places = torch.cat([best, values]), torch.cat([places, found])
-            kept = best.sort(descending=True, stable=True).indices[:k].sort().values
-            best, places = best[kept], places[kept]
+        found = _largest(weight, k)
+        own = torch.stack([torch.full_like(found.row, number), found.row, found.column], 1)
+        best = torch.cat([best, found.values.abs().to("cpu", torch.float64)])
+        kept = best.sort(descending=True, stable=True).indices[:k]
+        best, places = best[kept], torch.cat([places, own.cpu()])[kept]
     listed, shapes = {}, {}
     for number in places[:, 0].unique().tolist():
-        site, (D, H) = weights[number].site, weights[number].shape
-        flat = places[places[:, 0] == number, 1]
-        listed[site], shapes[site] = torch.stack([flat // H, flat % H], 1), (D, H)
+        site = weights[number].site
+        listed[site], shapes[site] = places[places[:, 0] == number, 1:], weights[number].shape
     return listed, shapes
 
 
-def _chunks(weight: Weight):
-    """Pairs of a flat index and the magnitudes from there on, a few rows at a time."""
-    matrix, (D, H) = weight.read(), weight.shape
-    rows = max(1, _CHUNK // H)
-    for row in range(0, D, rows):
-        magnitudes = matrix[row : row + rows].abs().flatten()
-        if magnitudes.isnan().any():
-            raise InvalidInput(
-                f"{weight.site} holds NaN: its entries cannot be ranked; repair the checkpoint"
-            )
-        yield row * H, magnitudes
-
-
-def _largest(magnitudes: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest (or all), of equal ones the first: values float64 and indices, ascending."""
-    k = min(k, len(magnitudes))
-    smallest = magnitudes.topk(k, sorted=False).values.min()
-    above = (magnitudes > smallest).nonzero().flatten()
-    equal = (magnitudes == smallest).nonzero().flatten()[: k - len(above)]
-    index = torch.cat([above, equal]).sort().values
-    return magnitudes[index].to("cpu", torch.float64), index.cpu()
+def _largest(weight: Weight, k: int) -> ops.TopK:
+    matrix = weight.read()
+    try:
+        return ops.topk_abs(matrix, k)
+    except InvalidInput as error:
+        raise InvalidInput(
+            f"{weight.site} holds NaN: its entries cannot be ranked; repair the checkpoint"
+        ) from error
 
 
 def neighborhood(weights: Mapping, shapes: Shapes, radius: int) -> Listed:

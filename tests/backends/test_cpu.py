@@ -572,6 +572,83 @@ def test_packed_status_codes():
         assert wrong and word in native.status_text(lib, wrong)
 
 
+# topk_abs
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_topk_abs(dtype, isa, threads):
+    """Runs of every length and alignment, ties, lists that are cut, columns walked as lines."""
+    wide = random(300, 1000).to(dtype)
+    tensors = [
+        *(wide[i : i + 2, i : 64 * i + i % 7] for i in range(1, 9)),
+        *(wide[:, 3:], wide.T, wide[:, ::2], random(1, 70_000, seed=1).to(dtype)),
+    ]
+    values = torch.cat([tensor.float().flatten() for tensor in tensors])
+    order = values.abs().sort(descending=True, stable=True).indices
+    ends = torch.tensor([tensor.numel() for tensor in tensors]).cumsum(0)
+    for k in (1, 50, 5000, len(order)):
+        found = ops.topk_abs(tensors, k, backend="cpu")
+        owner = torch.searchsorted(ends, order[:k], right=True)
+        place = order[:k] - (ends - torch.tensor([t.numel() for t in tensors]))[owner]
+        width = torch.tensor([tensor.shape[1] for tensor in tensors])[owner]
+        assert torch.equal(found.values, values[order[:k]])
+        assert torch.equal(found.tensor, owner)
+        assert torch.equal(found.row * width + found.column, place)
+
+
+def test_topk_abs_where_denormals_are_flushed(isa):
+    halves = special_values(torch.float16).view(torch.int16).abs().clamp(max=0x3FF)
+    bytes = torch.arange(8, dtype=torch.uint8)
+    tensors = [
+        halves.view(torch.float16),
+        bytes.view(torch.float8_e4m3fn),
+        bytes[:4].view(torch.float8_e5m2),
+    ]
+    expected = ops.topk_abs(tensors, 100, backend="reference")
+    assert expected.values[0] > 0
+    assert torch.set_flush_denormal(True)
+    try:
+        found = ops.topk_abs(tensors, 100, backend="cpu")
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected))
+
+
+def test_topk_abs_status_codes():
+    lib, x = cpu.library(), torch.tensor([[1.0, -3.0, 2.0]])
+    values, place, which = torch.zeros(2), *(torch.zeros(2, dtype=torch.int64) for _ in range(2))
+    nan = torch.zeros(2, dtype=torch.int64)
+    address, written = x.data_ptr(), values.data_ptr()
+
+    def status(dtype=0, D=1, H=3, count=1, k=2, data=address, out=written, isa=0):
+        given = [torch.tensor([number]) for number in (data, D, H)]
+        kind, strides = torch.tensor([dtype], dtype=torch.int32), torch.tensor([3, 1])
+        return lib.swk_cpu_topk_abs(
+            given[0].data_ptr(), kind.data_ptr(), given[1].data_ptr(), given[2].data_ptr(),
+            strides.data_ptr(), count, k, out, place.data_ptr(), which.data_ptr(), nan.data_ptr(),
+            1, isa,
+        )  # fmt: skip
+
+    assert status() == 0 and values.tolist() == [-3, 2] and place.tolist() == [1, 2]
+    assert status(k=0, out=None) == 0 and status(count=0, k=0) == 0
+    for code, word in (
+        (status(dtype=5), "type"),
+        (status(dtype=-1), "type"),
+        (status(D=-1), "size"),
+        (status(H=-1), "size"),
+        (status(D=2**40, H=2**40), "size"),
+        (status(count=-1), "size"),
+        (status(k=-1), "size"),
+        (status(k=4), "size"),
+        (status(data=0), "null"),
+        (status(out=None), "null"),
+        (status(isa=4), "instruction set"),
+    ):
+        assert word in native.status_text(lib, code)
+    x[0, 2] = float("nan")
+    assert "NaN" in native.status_text(lib, status(k=1)) and nan.tolist() == [0, 2]
+
+
 # What it refuses, and how it is found.
 
 

@@ -49,6 +49,10 @@ _SIGNATURES = {
         _pointer, _pointer, _pointer, _pointer, _pointer, _int64, _int64, _pointer, _pointer,
         _pointer, _int, _int,
     ],
+    "swk_cpu_topk_abs": [
+        _pointer, _pointer, _pointer, _pointer, _pointer, _int64, _int64, _pointer, _pointer,
+        _pointer, _pointer, _int, _int,
+    ],
     "swk_cpu_dropout": [
         _pointer, _int64, _int64, _int64, _int64, _int64, _float, _int, _int,
     ],
