@@ -30,6 +30,8 @@ class CatalogueEntry:
         source: who published it.
         note: values and effects, where they were published.
         variant: which weights of the model, where there are several.
+        values: the published weight at each position, to as many digits as were printed; empty
+            where none was.
     """
 
     model: str
@@ -40,21 +42,57 @@ class CatalogueEntry:
     source: str
     note: str = ""
     variant: str = ""
+    values: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict:
+        """Everything, with what the tier means, and one dictionary for each coordinate."""
+        values = self.values or [None] * len(self.positions)
+        keys = ("layer", "expert", "row", "column")
+        return {
+            "model": self.model,
+            "variant": self.variant,
+            "tier": self.tier,
+            "tier_means": tiers()[self.tier],
+            "source": self.source,
+            "note": self.note,
+            "module": self.module,
+            "shape": list(self.shape),
+            "coordinates": [
+                dict(zip(keys, position)) | {"value": value}
+                for position, value in zip(self.positions, values)
+            ],
+        }
+
+
+@lru_cache(maxsize=1)
+def _document() -> dict:
+    text = files("swkernels.train").joinpath("catalogue.json").read_text(encoding="utf-8")
+    return json.loads(text)
 
 
 @lru_cache(maxsize=1)
 def _entries() -> tuple[CatalogueEntry, ...]:
-    text = files("swkernels.train").joinpath("catalogue.json").read_text(encoding="utf-8")
     return tuple(
         CatalogueEntry(
             **entry
             | {
                 "shape": tuple(entry["shape"]),
                 "positions": tuple(tuple(position) for position in entry["positions"]),
+                "values": tuple(entry.get("values", ())),
             }
         )
-        for entry in json.loads(text)["models"]
+        for entry in _document()["models"]
     )
+
+
+def tiers() -> dict[str, str]:
+    """What each tier of the catalogue means, the best proven first."""
+    return dict(_document()["tiers"])
+
+
+def convention() -> str:
+    """How positions and shapes of the catalogue are to be read."""
+    return _document()["convention"]
 
 
 def catalogue() -> list[CatalogueEntry]:
