@@ -147,6 +147,28 @@ class Ablation(Result):
         """The conditions of one kind, of all sets or of one."""
         return [c for c in self.conditions if c.kind == kind and of in (None, c.of)]
 
+    def recovered(self, of: str) -> dict[str, float]:
+        """What the activation, put back, recovers of what a set loses: 1 is all, 0 nothing.
+
+        Of "perplexity" the share of the loss in nats, of each task the share of its accuracy.
+        Left out where nothing was lost, or where a score is not finite; empty if the set was not
+        both zeroed and restored.
+        """
+        gone, back = self.of_kind("set", of), self.of_kind("restored", of)
+        if not gone or not back:
+            return {}
+        scores = [c.scores for c in (self.intact, gone[0], back[0])]
+        found = {}
+        if scores[0].perplexity is not None:
+            found["perplexity"] = [-score.perplexity.loss for score in scores]
+        for name in scores[0].choices:
+            found[name] = [score.choices[name].accuracy for score in scores]
+        return {
+            name: (restored - lost) / (intact - lost)
+            for name, (intact, lost, restored) in found.items()
+            if intact > lost and math.isfinite(lost) and math.isfinite(restored)
+        }
+
     def rows(self) -> list[dict]:
         """One row for each condition, the intact model's first."""
         return [condition.row() for condition in self.conditions]
@@ -164,6 +186,7 @@ class Ablation(Result):
             },
             "notes": list(self.notes),
             "activations": list(self.activations),
+            "recovered": {name: self.recovered(name) for name in self.sets},
             "conditions": [condition.to_dict() for condition in self.conditions],
             "summary": str(self),
         }
@@ -192,7 +215,9 @@ def _sentences(ablation: Ablation, name: str) -> list[str]:
         if condition.ratio is not None and math.isfinite(condition.ratio):
             error = "" if condition.error is None else f" ± {condition.error:.2g}"
             said.append(f"{condition.label}: perplexity x{condition.ratio:.4g}{error}.")
-    for kind, what in zip(CONTROLS, ("random weights of the same matrices", "of equal magnitude")):
+    for measure, share in ablation.recovered(name).items():
+        said.append(f"The activation put back recovers {share:.0%} of the loss ({measure}).")
+    for kind, what in zip(CONTROLS, ("Random weights of the same matrices", "Of equal magnitude")):
         ratios = [c.ratio for c in ablation.of_kind(kind, name) if c.ratio is not None]
         if ratios:
             said.append(f"{what}: x{min(ratios):.4g} to x{max(ratios):.4g}.")

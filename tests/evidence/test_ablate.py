@@ -277,6 +277,11 @@ def test_restored_is_the_activation_written_back_by_hand(model, yardstick):
     assert gone.scores.perplexity != expected
     assert result.activations[0]["peak"] == max((v for _, v in peaks), key=abs)
     assert result.activations[0]["sequences"] == len(peaks) == len(expected.losses)
+    losses = [c.scores.perplexity.loss for c in result.conditions]
+    share = (losses[1] - losses[2]) / (losses[1] - losses[0])
+    assert result.recovered("all together") == {"perplexity": pytest.approx(share)}
+    assert result.to_dict()["recovered"]["all together"]["perplexity"] == pytest.approx(share)
+    assert f"recovers {share:.0%} of the loss" in str(result)
 
 
 def test_tasks_and_stop_words(model):
@@ -329,6 +334,7 @@ def test_losses_that_are_not_finite_are_said(model, yardstick, tmp_path):
     assert math.isfinite(other.ratio) and other.not_finite == 0
     assert gone.row()["not finite"] == 1 and "not finite" not in other.row()
     assert "all together: 1 scores are not finite" in str(result)
+    assert result.recovered("all together") == {}
     result.save(tmp_path / "a.json")
     found = json.loads((tmp_path / "a.json").read_text())["conditions"]
     assert [c["ratio"] for c in found if c["label"] == "layer 1 [5, 7]"] == ["NaN"]
@@ -374,7 +380,7 @@ def test_document_rows_and_figure(model, yardstick, tmp_path):
     json.dumps(found)
     frame = result.to_dataframe()
     assert len(frame) == len(result.conditions) and frame["ratio"].iloc[0] == 1
-    assert "random weights of the same matrices: x" in found["summary"]
+    assert "Random weights of the same matrices: x" in found["summary"]
     for suffix in ("png", "svg"):
         result.plot(tmp_path / f"a.{suffix}")
         assert (tmp_path / f"a.{suffix}").stat().st_size > 10_000
