@@ -96,6 +96,11 @@ def topk_low_rank(modules: int, width: int, r: int, k: int, dtype: str) -> tuple
     return (Work(2 * modules * width * width * r, factors, 16 * k, "read"),)
 
 
+def topk_abs(matrices: int, rows: int, columns: int, k: int, dtype: str) -> tuple[Work, ...]:
+    """Read the matrices [D, H] once, write k values, each with its matrix, row and column."""
+    return (Work(0, matrices * rows * columns * ITEM[dtype], k * 28, "read"),)
+
+
 def packed_bytes(rows: int, columns: int, bits: int, block: int) -> int:
     """Bytes of the codes and the float32 scales of a packed matrix [D, H]."""
     elements = rows * columns

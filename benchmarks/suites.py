@@ -20,6 +20,7 @@ from benchmarks.ops import (
     quant_linear,
     sampled_grad,
     sparse_linear,
+    topk_abs,
     topk_low_rank,
 )
 from benchmarks.shapes import MODELS, TOKENS, projections
@@ -33,6 +34,7 @@ OPERATIONS = (
     "sparse_linear",
     "lora_linear",
     "topk_low_rank",
+    "topk_abs",
     "block_quantize",
     "block_dequantize",
     "quant_linear",
@@ -118,6 +120,10 @@ def _sized(suite, device, ops, quick) -> Iterator[Case]:
             yield column_absmax.case(("OLMo-1B",), "down_proj output", 8192, 2048, dtype, device)
     yield from _at_coordinates(suite, device, ops)
     yield from _packed(suite, device, ops, quick=True)
+    if "topk_abs" in ops:
+        for given in _WEIGHTS[suite]:
+            for dtype in _DTYPES[suite][:2]:
+                yield topk_abs.case(*given, dtype, device)
     if suite == "gpu":
         yield from _low_rank(suite, device, ops)
     others = _DTYPES[suite][1:2]
@@ -168,6 +174,11 @@ _ATTENTIONS = {
     "gpu": [(("Llama-3-8B",), 4096, 1024, tokens) for tokens in (4096, 8192, 16384)],
 }
 _MODULES = 128
+# (models, projection, matrices, rows, columns): weights of which the largest are looked for.
+_WEIGHTS = {
+    "cpu": [(("Llama-3-8B",), "q_proj", 1, 4096, 4096)],
+    "gpu": [(("Llama-3-8B",), "down_proj", 32, 4096, 14336)],
+}
 
 
 def _low_rank(suite, device, ops) -> Iterator[Case]:
@@ -245,6 +256,8 @@ def _dry(suite, device, ops) -> Iterator[Case]:
         yield lora_linear.case(("tiny",), 48, 24, 33, "float32", device, **options)
     if "topk_low_rank" in ops:
         yield topk_low_rank.case(("tiny",), 48, 3, "float32", device, **options)
+    if "topk_abs" in ops:  # no kernel of Triton, so nothing for its interpreter
+        yield topk_abs.case(("tiny",), "down_proj", 3, 24, 48, "float32", device, dry=True)
     for module in (block_quantize, block_dequantize):
         if module.OP in ops:
             for code in ("int4", "nf4"):

@@ -257,6 +257,25 @@ TARGETS = [
         at_least=True,
     ),
     Target(
+        "`topk_abs`, times faster than `abs().topk`, 4096 x 4096, k = 10000, float32",
+        "cpu",
+        "topk_abs",
+        {"dtype": "float32", "rows": 4096, "columns": 4096},
+        times_faster("abs().topk(k)"),
+        50,
+        at_least=True,
+    ),
+    Target(
+        "`topk_abs` over Llama-3-8B's 32 down projections, k = 10000, bytes a second over those "
+        "of a copy, bfloat16",
+        "H100",
+        "topk_abs",
+        {"dtype": "bfloat16", "rows": 4096, "columns": 14336},
+        of_copy,
+        0.7,
+        at_least=True,
+    ),
+    Target(
         "`topk_abs` of a whole SmolLM2 from its safetensors file, k = 10000, reading it over this, "
         "float32",
         "cpu",
