@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "elements.cuh"
 #include "launch.cuh"
 
 namespace swk {
@@ -17,31 +18,6 @@ constexpr int kThreadsX = 32;  // side by side in a row
 constexpr int kThreadsY = 8;   // rows of a block
 constexpr int kUnroll = 4;     // rows that a thread has in flight
 constexpr int64_t kLastToken = 0xFFFFFFFE;
-
-constexpr uint32_t kInfinityBits = 0x7F800000;
-constexpr uint32_t kNanBits = 0x7FC00000;
-
-// Each element type: its bits, and the float32 bits of its magnitude.
-struct Float32 {
-  using Bits = uint32_t;
-  static __device__ uint32_t magnitude(Bits bits) { return bits & 0x7FFFFFFF; }
-};
-
-struct BFloat16 {
-  using Bits = uint16_t;
-  static __device__ uint32_t magnitude(Bits bits) { return (bits & 0x7FFFu) << 16; }
-};
-
-struct Float16 {
-  using Bits = uint16_t;
-  static __device__ uint32_t magnitude(Bits bits) {
-    const uint32_t exponent = bits & 0x7C00u;
-    const uint32_t shifted = (bits & 0x7FFFu) << 13;
-    if (exponent == 0x7C00u) return shifted + (224u << 23);  // infinity, NaN
-    if (exponent != 0) return shifted + (112u << 23);
-    return __float_as_uint(static_cast<float>(bits & 0x7FFFu) * 5.9604644775390625e-8f);  // 2^-24
-  }
-};
 
 struct Problem {
   const void* x;

@@ -24,7 +24,11 @@ WRITE = "python -m tests.backends.test_cuda_resources --write-budgets"
 
 # Names of instructions begin with a match of these.
 GLOBAL_ATOMIC = r"(RED|ATOM)G?\."
-MAX_64 = r"REDG?\.E\.MAX\.[SU]?64\."  # RED returns nothing, so nobody waits for it
+# Exact, whatever the order.
+INTEGER_64 = r"(RED|ATOM)G?\.E\.(MAX|MIN|ADD)\.[SU]?64\."
+# RED returns nothing, so nobody waits for it.
+MAX_64, MIN_64, ADD_64 = (rf"REDG?\.E\.{name}\.[SU]?64\." for name in ("MAX", "MIN", "ADD"))
+FETCH_ADD_64 = r"ATOMG?\.E\.ADD\.64\."
 LOAD_BYTES = {r"LDG\.E\S*\.128": 16, r"LDG\.E\S*\.64": 8, r"LDG\.E(\.(?![US](8|16))|$)": 4}
 # By convention a kernel's first number among its template arguments: elements of one load.
 VECTOR_KERNEL = r"<[^<>]*?\b(?![01]\b)\d+"
@@ -88,9 +92,9 @@ def complaints(name: str, facts: aot.Facts) -> list[str]:
         found.append(
             f"{facts.spills} accesses to local memory, {facts.stack} bytes of stack; allowed: 0"
         )
-    others = facts.count(GLOBAL_ATOMIC) - facts.count(MAX_64)
+    others = facts.count(GLOBAL_ATOMIC) - facts.count(INTEGER_64)
     if others:
-        found.append(f"{others} atomics that are no 64-bit maximum without a result")
+        found.append(f"{others} atomics that are no 64-bit integer maximum, minimum or sum")
     if re.search(VECTOR_KERNEL, name) and load_bytes(facts) < 16:
         found.append(f"its widest load has {load_bytes(facts)} bytes, expected 16")
     return found
@@ -139,6 +143,8 @@ def test_every_source_has_its_kernels_for_every_architecture(kernels):
         assert min(counts) == max(counts) > 0
     # dtypes, vector or element loads, with token_index or without
     assert sum("/column_absmax/" in name for name in kernels) == 3 * 2 * 2 * len(known())
+    # dtypes, counting and gathering
+    assert sum("/topk_abs/" in name for name in kernels) == 5 * 2 * len(known())
     missing = sorted(set(ARCHITECTURES) - set(known()))
     if missing:
         pytest.skip(f"nvcc {release()} does not compile for {', '.join(missing)}")
@@ -151,11 +157,17 @@ def test_machine_code(kernels):
 
 
 @needs_tools
-def test_wide_loads_and_one_atomic_are_where_they_should_be(kernels):
+def test_wide_loads_and_atomics_are_where_they_should_be(kernels):
     for name, facts in kernels.items():
+        atomics = facts.count(GLOBAL_ATOMIC)
         if "/column_absmax/" in name:
-            assert facts.count(MAX_64) > 0, name
+            assert facts.count(MAX_64) == atomics > 0, name
             assert (load_bytes(facts) == 16) == (", 1, " not in name), name
+        else:
+            added = facts.count(ADD_64 if "_count_" in name else FETCH_ADD_64)
+            assert facts.count(MIN_64) > 0 and added > 0, name
+            assert facts.count(MIN_64) + added == atomics, name
+            assert load_bytes(facts) == 16, name
 
 
 @needs_tools
@@ -210,10 +222,11 @@ def test_bad_kernels_are_caught(tmp_path):
         name.split("/")[-1]: complaints(name, facts)
         for name, facts in compile_source(source, ["sm_90"], tmp_path).items()
     }
+    wrong = "1 atomics that are no 64-bit integer maximum, minimum or sum"
     assert found["narrow<4>"] == ["its widest load has 4 bytes, expected 16"]
     assert "accesses to local memory" in found["local"][0]
-    assert found["swap"] == ["1 atomics that are no 64-bit maximum without a result"]
-    assert found["add"] == ["1 atomics that are no 64-bit maximum without a result"]
+    assert found["swap"] == [wrong]
+    assert found["add"] == [wrong]
 
 
 @needs_tools

@@ -18,6 +18,12 @@ _SIGNATURES = {
     "swk_cuda_column_absmax": [
         _pointer, _int, _int64, _int64, _int64, _pointer, _pointer, _int64, _pointer,
     ],
+    "swk_cuda_topk_abs_count": [
+        _pointer, _int64, _int64, _int, _int, _int64, _int, _int, _pointer, _pointer, _pointer,
+    ],
+    "swk_cuda_topk_abs_gather": [
+        _pointer, _int64, _int, _int64, _int64, *[_pointer] * 5,
+    ],
 }  # fmt: skip
 
 

@@ -13,12 +13,17 @@
 
 #define __device__
 #define __global__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
 };
 
 inline thread_local dim3 threadIdx, blockIdx;
@@ -31,6 +36,20 @@ inline uint32_t __float_as_uint(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
+}
+
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+template <class Number>
+Number atomicAdd(Number* address, Number value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+
+inline void atomicMin(unsigned long long* address, unsigned long long value) {
+  unsigned long long seen = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (seen > value && !__atomic_compare_exchange_n(address, &seen, value, false,
+                                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
 }
 
 inline void atomicMax(unsigned long long* address, unsigned long long value) {
