@@ -204,6 +204,18 @@ def topk_low_rank(device: torch.device) -> None:
                 _same(ours, theirs, f"{name} {[rows, columns, r]} {dtype}")
 
 
+def topk_abs(device: torch.device) -> None:
+    for rows, columns, _ in _SIZES[device.type]:
+        for dtype in (torch.float32, _half(device), torch.float8_e4m3fn):
+            tensors = [_numbers(rows, columns, dtype=dtype), _numbers(columns, rows, dtype=dtype)]
+            on_device = [tensor.to(device) for tensor in tensors]
+            k = min(100, rows * columns)
+            found = ops.topk_abs(on_device, k, backend="cuda")
+            exact = ops.topk_abs(tensors, k, backend="reference")
+            for name, ours, theirs in zip(found._fields, found, exact):
+                _same(ours, theirs, f"{name} {[rows, columns]} {dtype}")
+
+
 def block_quantize(name: str) -> Check:
     """The kernel for all in one pass, or those of several passes."""
 
@@ -290,6 +302,8 @@ KERNELS = {
     "triton-quant_linear-vector": quant_linear("vector"),
     "triton-quant_linear-dot": quant_linear("dot"),
     "cuda-column_absmax": column_absmax("cuda"),
+    "cuda-topk_abs-count": topk_abs,  # one case for both: only that kernel is watched
+    "cuda-topk_abs-gather": topk_abs,
 }
 
 

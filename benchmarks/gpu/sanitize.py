@@ -29,6 +29,8 @@ KERNELS = (
     "triton-quant_linear-vector",
     "triton-quant_linear-dot",
     "cuda-column_absmax",
+    "cuda-topk_abs-count",
+    "cuda-topk_abs-gather",
 )
 PLANTED = "planted-error"
 
@@ -86,7 +88,9 @@ def sanitize(context: Context, seconds: float) -> Outcome:
 def watched(kernel: str) -> str:
     """The device function that is watched; PyTorch's own are not our concern, and take long."""
     _, op, *variant = kernel.split("-")
-    shared = {"lora_linear": "lora", "block_quantize": "block", "quant_linear": op}
+    shared = {
+        "lora_linear": "lora", "block_quantize": "block", "quant_linear": op, "topk_abs": op,
+    }  # fmt: skip
     return f"{f'{shared[op]}_{variant[0]}' if op in shared else op}_kernel"
 
 

@@ -205,6 +205,11 @@ def test_each_kernel_is_judged_under_each_tool(context, tmp_path, monkeypatch, b
                 *("quant_linear-vector", "quant_linear-dot"),
             )
         },
+        **{
+            f"{name} cuda-topk_abs-{kernel}": f"ok: {said}"
+            for name, said in clean.items()
+            for kernel in ("count", "gather")
+        },
         "memcheck triton-glu_absmax": "ok: 0 errors",
         "racecheck triton-glu_absmax": "failed: 1 hazard displayed (1 error, 0 warnings)",
         **{
@@ -242,7 +247,7 @@ def test_what_is_watched_is_what_the_kernels_are_called():
         function = sanitize.watched(name)
         if backend == "cuda":
             source = (ROOT / "csrc" / "cuda" / f"{op}.cu").read_text()
-            assert re.search(rf"\b{function}\(Problem", source)
+            assert re.search(rf"\b{function}\(.*Problem problem\)", source)
         else:
             place = "benchmarks.gpu.planted"
             place = place if backend == "planted" else f"swkernels.backends.triton.{op}"

@@ -401,8 +401,34 @@ def test_a_packed_matrix_of_the_most_elements(block, emptied_cache):
     assert torch.equal(ours, theirs)
 
 
+@needs_gpu
+@pytest.mark.parametrize("dtype", (*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2), ids=str)
+def test_topk_abs(dtype):
+    """Sampled, with many ties, transposed, and equal throughout: by guess and by exact bounds."""
+    wide = normal(4500, 4500, dtype=dtype, seed=13).cuda()
+    equal = torch.ones(1, 1, device="cuda").expand(4500, 4500).to(dtype)
+    for tensors in ([wide], [wide[:, 3:], wide.t(), wide[:5]], [equal, wide, equal]):
+        for k in (1, 1000, 300_000):
+            first, second = (ops.topk_abs(tensors, k, backend="cuda") for _ in range(2))
+            exact = ops.topk_abs(tensors, k, backend="reference")
+            for ours, again, theirs in zip(first, second, exact, strict=True):
+                assert torch.equal(ours, theirs) and torch.equal(ours, again)
+
+
+@needs_gpu
+def test_topk_abs_beyond_2_to_the_31_elements(emptied_cache):
+    need_bytes(ROWS * COLUMNS)
+    x = torch.zeros(ROWS, COLUMNS, dtype=torch.float8_e5m2, device="cuda")
+    x[-1, -1], x[0, 0] = 3.0, -2.0
+    for tensor, place in ((x, (ROWS - 1, COLUMNS - 1)), (x.t(), (COLUMNS - 1, ROWS - 1))):
+        found = ops.topk_abs(tensor, 4, backend="cuda")
+        assert found.values.tolist() == [3.0, -2.0, 0.0, 0.0]
+        assert found.row.tolist() == [place[0], 0, 0, 0]
+        assert found.column.tolist() == [place[1], 0, 1, 2]
+
+
 def test_every_operation_has_a_kernel_here():
     """A new one is to be added to KERNELS."""
     named = {name.split("-")[0] for name in KERNELS}
-    # It waits for the device by design, and is checked by benchmarks.kernel_cases.
-    assert named | {"topk_low_rank"} == set(backends.OPERATIONS)
+    # They wait for the device by design, and have tests of their own or benchmarks.kernel_cases.
+    assert named | {"topk_low_rank", "topk_abs"} == set(backends.OPERATIONS)
