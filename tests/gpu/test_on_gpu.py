@@ -406,7 +406,7 @@ def test_a_packed_matrix_of_the_most_elements(block, emptied_cache):
 def test_topk_abs(dtype):
     """Sampled, with many ties, transposed, and equal throughout: by guess and by exact bounds."""
     wide = normal(4500, 4500, dtype=dtype, seed=13).cuda()
-    equal = torch.ones(1, 1, device="cuda").expand(4500, 4500).to(dtype)
+    equal = torch.ones(4500, 4500, device="cuda").to(dtype)
     for tensors in ([wide], [wide[:, 3:], wide.t(), wide[:5]], [equal, wide, equal]):
         for k in (1, 1000, 300_000):
             first, second = (ops.topk_abs(tensors, k, backend="cuda") for _ in range(2))
