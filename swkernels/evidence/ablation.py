@@ -258,7 +258,7 @@ def _draw_panel(axes, lines: list, title: str, task: str | None) -> None:
                 continue
             axes.errorbar(value, place, xerr=error, fmt="o", ms=5, color=color, elinewidth=1)
     axes.set_yticks(range(len(lines)), [label for label, *_ in lines])
-    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(lines)) - 0.5, -0.5)
     axes.axvline(1 if task is None else 0, color=MUTED, lw=1, ls=":")
     if task is None:
         log_where_wide(axes, "x", [1, *(value for _, _, values in lines for value, _ in values)])
