@@ -229,6 +229,20 @@ def test_any_shape_with_ties(data):
         check(tensors, k, "cpu")
 
 
+@missing
+def test_places_beyond_2_to_the_31():
+    """Element (r, c) of 2^32 is that of r + c in memory."""
+    base = torch.zeros(2**17 - 1, dtype=EIGHTS[1])
+    base[-1], base[-2] = 3, -2
+    last, small = 2**16 - 1, normal(4, 5) / 100
+    found = ops.topk_abs([base.as_strided((2**16, 2**16), (1, 1)), small], 4, backend="cpu")
+    assert found.values[:3].tolist() == [3, -2, -2]
+    assert found.row[:3].tolist() == [last, last - 1, last]
+    assert found.column[:3].tolist() == [last, last, last - 1]
+    of_small = [part.item() for part in expected([small], 1)]
+    assert [part[3].item() for part in found] == [of_small[0], 1, *of_small[2:]]
+
+
 # NaN
 
 
