@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+from inspect import signature
 from pathlib import Path
 
 import pytest
 
 from swkernels.cli import main
 from swkernels.detect.perplexity import perplexity, tokens_of
+from swkernels.evidence.verify_catalogue import verify_catalogue
 from swkernels.train import catalogue, published
 from tests.cli.checkpoints import TEXT, make_model, make_tokenizer, plant, save
 
+catalogue_cli = importlib.import_module("swkernels.cli.catalogue")  # cli.catalogue is a function
 FACTS = Path(__file__).parents[3] / "shared" / "facts" / "super_weights.json"
 
 
@@ -152,6 +156,12 @@ def test_verify(go, folder, tmp_path, capfd):
     ]  # fmt: skip
     assert found["summary"] in " ".join(shown.split()) and f"{ratio:.4g}" in shown
     assert "layer 1 [5, 7]" in shown and "built-in text" not in shown
+
+
+def test_defaults_are_those_of_the_function():
+    of_command, of_function = map(signature, (catalogue_cli.verify_catalogue, verify_catalogue))
+    for name in ("controls", "seed"):
+        assert of_command.parameters[name].default == of_function.parameters[name].default
 
 
 def test_the_built_in_text_is_noted(go, capfd):

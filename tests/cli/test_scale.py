@@ -8,7 +8,7 @@ import json
 import pytest
 
 from swkernels.cli import main
-from swkernels.cli.scale import parse_factors
+from swkernels.cli.scale import _FACTORS, parse_factors
 from swkernels.detect.perplexity import perplexity, tokens_of
 from swkernels.errors import InvalidInput
 from swkernels.evidence.scale import FACTORS
@@ -64,6 +64,7 @@ def test_the_sweep(go, folder, tmp_path, capfd):
 
 
 def test_factors_by_themselves(go, tmp_path):
+    assert tuple(parse_factors(_FACTORS.show_default)) == FACTORS
     assert go("--weights", "1:5:7", "--tokens", 40, "-o", tmp_path) == 0
     found = json.loads((tmp_path / "scale.json").read_text())
     assert tuple(dose["factor"] for dose in found["curves"][0]["doses"]) == FACTORS
