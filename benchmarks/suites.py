@@ -43,6 +43,7 @@ OPERATIONS = (
     "sparse_training",
     "quant_generation",
     "perplexity",
+    "choices",
 )
 SUITES = ("cpu", "gpu", "models")
 
@@ -92,6 +93,10 @@ def cases(
 
             for dtype in ("float32", "bfloat16"):
                 yield from perplexity.cases(dtype, device)
+        if "choices" in ops:
+            from benchmarks.models import choices
+
+            yield from choices.cases(device)
         if "topk_abs" in ops and device.type == "cpu":
             from benchmarks.models import topk_checkpoint
 

@@ -232,6 +232,19 @@ TARGETS = [
     ),
     *(
         Target(
+            "multiple choice by SmolLM2, times faster than each choice in full, questions as long "
+            f"as {of}'s, float32",
+            "cpu",
+            "choices",
+            {"dtype": "float32", "projection": f"64 items as {of}"},
+            times_faster("each choice in full"),
+            1.5,
+            at_least=True,
+        )
+        for of in ("ARC-Easy", "Winogrande")
+    ),
+    *(
+        Target(
             f"LoRA on OLMo-1B's q, k, v, o, 1024 tokens: time added{what}, over PEFT's, {dtype}",
             "cpu",
             "lora_linear",
