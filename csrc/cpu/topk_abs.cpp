@@ -60,8 +60,8 @@ inline bool before(const Ranked& a, const Ranked& b) {
 
 // What the threads of a search share.
 struct Race {
-  std::atomic<uint32_t> bound{0};    // only rises: k entries have at least this key
-  std::atomic<int64_t> nan{kLast};   // only falls: place of the first NaN
+  std::atomic<uint32_t> bound{0};   // only rises: the key of what is worth taking
+  std::atomic<int64_t> nan{kLast};  // only falls: the place of the first NaN
 
   void raise(uint32_t key) {
     uint32_t seen = bound.load(std::memory_order_relaxed);
@@ -75,8 +75,9 @@ struct Race {
   }
 };
 
-// The best entries that one thread has found. Never allocates after it was made.
-class Best {
+// The best entries that one thread has found. Never allocates after it was made. On a cache line of
+// its own, since the others lie beside it.
+class alignas(64) Best {
  public:
   Best(int64_t k, int64_t most, Race& with) : race(with), k_(static_cast<size_t>(k)) {
     entries_.reserve(std::min(2 * k_ + 1024, static_cast<size_t>(most)));
