@@ -72,7 +72,7 @@ def show(result, console) -> None:
 
     at = [result.amplification.at(entry.site, entry.column).row() for entry in entries]
     rows = [{**label, **pick(row, "mean", "median", "maximum")} for label, row in zip(labels, at)]
-    for found in result.amplification.layers:
+    for found in result.amplification.by_layer():
         where = f"layer {found.layer}" + ("" if found.expert is None else f" expert {found.expert}")
         rows.append({"weight": where, **pick(found.row(), "mean", "median", "maximum", "channel")})
     table(amplification.FORMULA, rows)

@@ -93,6 +93,17 @@ class Amplification(Result):
         """A row for each projection (``column`` None), then one for each column."""
         return [found.row() for found in (*self.layers, *self.columns)]
 
+    def by_layer(self) -> list[Amplified]:
+        """The largest channel of each layer; of experts, that of the one with the largest mean."""
+        best: dict[int, Amplified] = {}
+        for found in self.layers:
+            if not found.values:
+                continue
+            known = best.get(found.layer)
+            if known is None or found.spread.mean > known.spread.mean:
+                best[found.layer] = found
+        return list(best.values())
+
     def at(self, site: Site, column: int) -> Amplified | None:
         """M at a column of a weight that the coordinates named; else None."""
         for found in self.columns:
@@ -121,14 +132,10 @@ class Amplification(Result):
         self.draw(figure.subplots())
 
     def draw(self, axes) -> None:
-        """Fill matplotlib axes: a bar for each layer, that of the expert with the largest mean."""
-        best: dict[int, Spread] = {}
-        for found in self.layers:
-            spread, layer = found.spread, found.layer
-            if spread.count and (layer not in best or spread.mean > best[layer].mean):
-                best[layer] = spread
-        layers = list(best)
-        top, mean = [best[n].maximum for n in layers], [best[n].mean for n in layers]
+        """Fill matplotlib axes, with a bar for each of ``by_layer()``."""
+        spreads = {found.layer: found.spread for found in self.by_layer()}
+        layers = list(spreads)
+        top, mean = [s.maximum for s in spreads.values()], [s.mean for s in spreads.values()]
         axes.bar(layers, top, color=LINE, alpha=0.3, label="largest channel, maximum")
         axes.bar(layers, mean, color=LINE, label="largest channel, mean over prompts")
         marked = [found for found in self.columns if found.layer is not None and found.values]

@@ -20,15 +20,19 @@ from .offsets import Offsets
 _NOT_TWICE = re.compile(r"not implemented|differentiate twice|double backward", re.I)
 
 
-def loss_of(runner: Runner, ids: torch.Tensor, where: str) -> torch.Tensor:
-    """The mean next-token loss of ids [S], 0-d, in float32 or wider."""
+def loss_of(runner: Runner, ids: torch.Tensor, number: int | None) -> torch.Tensor:
+    """The mean next-token loss of ids [S], 0-d, in float32 or wider.
+
+    Raises:
+        InvalidInput: it is not finite, and ``number`` says which input it is.
+    """
     logits = runner.logits(ids[None])[0, :-1]  # [S - 1, V]
     wide = torch.promote_types(logits.dtype, torch.float32)
     loss = F.cross_entropy(logits.to(wide), ids[1:].to(logits.device))
-    if not math.isfinite(loss.item()):
+    if number is not None and not math.isfinite(loss.item()):
         raise InvalidInput(
-            f"the loss of {where} is {loss.item()}: the model gives logits that are not finite; "
-            "leave that input out or check the weights"
+            f"the loss of input {number} is {loss.item()}: the model gives logits that are not "
+            "finite; leave that input out or check the weights"
         )
     return loss
 
@@ -52,7 +56,7 @@ def derivatives(model, runner: Runner, ids: torch.Tensor, offsets: Offsets, numb
     count = len(offsets.entries)
     gradients, curvatures = [0.0] * count, [0.0] * count
     with _differentiable(model), offsets.attached():
-        loss = loss_of(runner, ids, f"input {number}")
+        loss = loss_of(runner, ids, number)
         offsets.check()
         if not loss.requires_grad:
             return gradients, curvatures  # no token came to these experts

@@ -48,6 +48,7 @@ class Offsets:
             zeros = torch.zeros(len(numbers), dtype=matrix.dtype, device=matrix.device)
             self.leaves[site] = zeros.requires_grad_()
         self._called: set[Site] = set()
+        self._mixtures: set[str] = set()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -73,6 +74,11 @@ class Offsets:
         An expert that no token is routed to is not called, and its derivatives are zero.
         """
         for site, weight in self._weights.items():
+            if weight.fused and site.name not in self._mixtures:
+                raise InvalidInput(
+                    f"no product with the experts of {site.name} was seen: call "
+                    "set_experts_implementation('eager') on the model"
+                )
             routed = weight.projection is not None and weight.projection.scope is not None
             if site not in self._called and not routed:
                 raise InvalidInput(
@@ -109,9 +115,9 @@ class Offsets:
 
         def contribute(projection, expert, x, y, tokens):
             site = Site(projection.name, expert)
+            self._mixtures.add(projection.name)
             if site not in self.leaves:
                 return None
-            self._called.add(site)
             return self._add(site, x, y)
 
         def forward(*args, **kwargs):

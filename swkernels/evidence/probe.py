@@ -45,7 +45,8 @@ class Probe:
         rounding: float64 [N], standard deviation of what rounding does to such a loss.
         gradients, curvatures: float64 [N, Q], dL/dw and d2L/dw2: the P entries, then the controls
             in order.
-        up, down: float64 [N, Q], the loss with one weight moved by its step.
+        up, down: float64 [N, Q], the loss with one weight moved by its step; as it is where it is
+            not finite.
         notes: what else changes with an entry.
     """
 
@@ -130,8 +131,8 @@ def probe(
 
     Raises:
         InvalidInput: an argument that is not as above, a weight that ``Edits`` refuses, a step
-            that is lost in rounding, a loss that is not finite, or a forward that cannot be
-            differentiated twice.
+            that is lost in rounding, a loss of the intact model that is not finite, or a forward
+            that cannot be differentiated twice.
     """
     edits = Edits(model, coordinates)
     _check(model, edits.entries, random, eps)
@@ -150,9 +151,9 @@ def probe(
     }
     with evaluating(model):
         for number, ids in enumerate(samples):
-            loss = loss_of(runner, ids, f"input {number}").item()
+            loss = loss_of(runner, ids, number).item()
             gradient, curvature = derivatives(model, runner, ids, offsets, number)
-            up, down = differences(runner, ids, edits, entries, eps, number)
+            up, down = differences(runner, ids, edits, entries, eps)
             found["losses"].append(loss)
             found["gradients"].append(gradient)
             found["curvatures"].append(curvature)

@@ -106,6 +106,9 @@ def test_experts_see_the_rows_routed_to_them(name):
     for one in own:
         assert one.values == pytest.approx(values[one.expert], rel=1e-12)
         assert one.row()["prompts"] == len(values[one.expert])
+    beside = [one for one in found.layers if one.layer == projection.layer]
+    best = max(beside, key=lambda one: sum(one.values) / len(one.values) if one.values else 0)
+    assert best in found.by_layer() and len(found.by_layer()) == 3
     [column] = found.columns
     assert (column.expert, column.column) == (1, 5)
     assert column.values == pytest.approx(columns, rel=1e-12)
