@@ -37,13 +37,12 @@ def _moved(entry: Entry, step: float) -> torch.Tensor:
 
 
 @contextmanager
-def _shifted(edits: Edits, changes: Sequence[tuple[Entry, float]]) -> Iterator[None]:
-    """A context in which entries are moved by steps; put back bit for bit."""
-    with edits.scaled(1.0, [entry for entry, _ in changes]):  # which keeps what they are
+def _shifted(edits: Edits, entry: Entry, step: float) -> Iterator[None]:
+    """A context in which an entry is moved by a step; put back bit for bit."""
+    with edits.scaled(1.0, [entry]):  # which leaves it as it is
         with torch.no_grad():
-            for entry, step in changes:
-                matrix = entry.weight.matrix()
-                matrix[entry.row, entry.column] = _moved(entry, step).to(matrix.device)
+            matrix = entry.weight.matrix()
+            matrix[entry.row, entry.column] = _moved(entry, step).to(matrix.device)
         yield
 
 
@@ -53,7 +52,7 @@ def differences(runner: Runner, ids, edits: Edits, entries, eps: float):
     for step in (eps, -eps):
         both.append([])
         for entry in entries:
-            with _shifted(edits, [(entry, step)]):
+            with _shifted(edits, entry, step):
                 both[-1].append(loss_of(runner, ids, None).item())
     return both
 
@@ -70,7 +69,7 @@ def rounding(runner: Runner, ids, edits: Edits, entries, loss: float, first, sec
         which = turn * len(entries) // len(_TINY)
         entry = entries[which]
         step = times * _UNIT * max(abs(entry.value), 1)
-        with _shifted(edits, [(entry, step)]):
+        with _shifted(edits, entry, step):
             shifted = loss_of(runner, ids, number).item()
         by = _moved(entry, step).double().item() - entry.value
         left.append(shifted - loss - first[which] * by - second[which] * by**2 / 2)
