@@ -1,4 +1,4 @@
-"""Cases of ``choices``: SmolLM2-135M on 64 items of multiple choice, shared beginnings run once.
+"""Cases of ``choices``: SmolLM2-135M on 128 items of multiple choice, shared beginnings run once.
 
 The items are made of Python's own prose and are as long as those of ARC-Easy's test set and of
 Winogrande's development set: words are drawn by the deciles of those. Every provider tokenizes.
@@ -23,7 +23,7 @@ from swkernels.evidence.prefixes import Packed
 from swkernels.evidence.tasks import Item, Task
 
 OP = "choices"
-ITEMS = 64
+ITEMS = 128
 JUDGED = 8  # items that are run in float64
 KINDS = ("as ARC-Easy", "as Winogrande")
 _MEASURE = f"relative error of the log-likelihoods of the first {JUDGED} items"
@@ -154,5 +154,5 @@ def case(
     projection = f"{items} items {kind}"
     return Case(
         OP, ("SmolLM2-135M",), projection, shape, dtype, work, 12, make, judge, providers,
-        seconds=150.0,
+        seconds=200.0,
     )  # fmt: skip

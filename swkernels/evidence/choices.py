@@ -229,9 +229,9 @@ def score_choices(
             run in eval mode, and given back as it was.
         tokenizer: the model's, of Hugging Face's kind.
         batch_size: sequences that run together. It changes a score by rounding at most.
-        share_prefixes: run the tokens that all choices of an item begin with once, and every
-            choice on from there. The first batch is checked against running each choice in full:
-            a model for which the two differ, or that keeps no cache, is run in full.
+        share_prefixes: run the tokens that all choices of an item begin with once. Some choices of
+            the first batch are run in full too: a model for which the scores differ is run in
+            full, and ``shared`` says so.
         rule: see ``ChoiceScores``; it can be changed afterwards.
         seed: of the bootstrap.
         strict: a score that is not finite is an error; else it is in the result as it is.
