@@ -1,4 +1,4 @@
-"""The command ``swkernels``: scan a model, train chosen weights, quantize it, and so on.
+"""The command ``swkernels``: scan a model, weigh the evidence, train chosen weights, quantize it.
 
 Nothing heavy is imported before a command runs, so that ``swkernels --help`` is quick. Every error
 that a user can act on is one line on standard error, with exit code 2; Ctrl-C gives 130.
@@ -16,9 +16,15 @@ import typer
 
 from swkernels.errors import SwkernelsError
 
+from .ablate import ablate
+from .analyze import analyze
+from .catalogue import catalogue, verify_catalogue
+from .compare import compare
 from .doctor import doctor
 from .evaluate import evaluate
 from .quantize import quantize
+from .rank import rank
+from .scale import scale
 from .scan import scan
 from .train import train
 from .tune import tune
@@ -36,9 +42,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(scan)
+app.command()(rank)
+app.command()(ablate)
+app.command()(scale)
+app.command("eval")(evaluate)
+app.command()(analyze)
+app.command()(compare)
+app.command()(catalogue)
+app.command("verify-catalogue")(verify_catalogue)
 app.command()(train)
 app.command()(quantize)
-app.command("eval")(evaluate)
 app.command()(tune)
 app.command()(doctor)
 
