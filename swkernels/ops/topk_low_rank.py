@@ -21,7 +21,7 @@ def topk_low_rank(
     No matrix of the product's size is formed; the memory is O(k). Exact: an entry is the sum of
     its r products in float64, one after the other, and these sums are compared, so every backend
     gives the same entries in the same order. On a GPU it waits for the device. No gradient flows
-    through it.
+    through it, and ``torch.compile`` breaks the graph there.
 
     Args:
         factors: (B [D, r], A [r, H]) of each product, float32, bfloat16, float16 or float64, on
@@ -36,6 +36,8 @@ def topk_low_rank(
         InvalidInput: no factors, a wrong shape, dtype or device, r = 0, or k below 0.
         BackendUnavailable: the backend asked for is not there or does not take the arguments.
     """
+    if torch.compiler.is_compiling():  # traced, the call would read memory that is gone
+        return torch.compiler.disable(topk_low_rank)(factors, k, backend=backend)
     factors = [(B, A) for B, A in factors]
     _check(factors, k)
     factors = [(B.detach(), A.detach()) for B, A in factors]

@@ -189,3 +189,9 @@ def test_bad_arguments(factors, k, says):
     with pytest.raises(InvalidInput, match=says) as caught:
         ops.topk_low_rank(factors, k)
     assert "\n" not in str(caught.value)
+
+
+def test_breaks_the_graph_of_a_compiler():
+    B, A = normal(64, 4), normal(4, 64, seed=1)
+    compiled = torch.compile(lambda b: ops.topk_low_rank([(b, A)], 5).values * 2, backend="eager")
+    assert torch.equal(compiled(B), ops.topk_low_rank([(B, A)], 5).values * 2)
