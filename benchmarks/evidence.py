@@ -23,8 +23,8 @@ PARTS = {
         "The model by itself",
         "`swkernels eval`: WikiText-2, ARC-Easy and Winogrande. Perplexity over windows that do "
         "not overlap; the first token of a window is not predicted. A choice is taken for its "
-        "lowest perplexity, the training paper's rule; *sum* and *characters* are lm-eval's `acc` and "
-        "`acc_norm`. Intervals: 95 %, 2,000 bootstrap draws over questions.",
+        "lowest perplexity, the training paper's rule; *sum* and *characters* are lm-eval's `acc` "
+        "and `acc_norm`. Intervals: 95 %, 2,000 bootstrap draws over questions.",
     ),
     "ablate": (
         "Zeroing, restoring, and random controls",

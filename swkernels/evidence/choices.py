@@ -58,7 +58,7 @@ class ChoiceScores(Result):
         answers: which choice is right, from 0, of each item.
         log_likelihoods: of each item, of each choice: summed over its tokens, in nats.
         tokens, characters: the continuations' lengths, of the same shape; characters are those
-            of the choice, without the space before it.
+            of the choice, without the space before it, and 1 at least.
         rule: how choices are compared: "perplexity", by the mean over tokens (the training
             paper's: the lowest perplexity); "sum" (lm-eval's acc); or "characters", by the mean
             over characters (lm-eval's acc_norm).
@@ -277,7 +277,8 @@ def score_choices(
         tuple(tuple(found[number]) for number in range(len(pairs))),
         tuple(tuple(len(pair.targets) for pair in of_item) for of_item in pairs),
         tuple(
-            tuple(len(text.removeprefix(" ")) for text in item.continuations) for item in task.items
+            tuple(len(text.removeprefix(" ")) or 1 for text in item.continuations)
+            for item in task.items
         ),
         rule,
         run.shares,
