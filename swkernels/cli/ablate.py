@@ -69,4 +69,4 @@ def ablate(
         )  # fmt: skip
         measuring.write(folder, result, "ablate")
     measuring.show_rows(result.rows(), console)
-    measuring.show_paths(folder, console, [*result.notes, str(result)])
+    measuring.show_paths(folder, console, [*result.notes, str(result), *measures.notes])

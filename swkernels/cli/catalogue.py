@@ -81,9 +81,7 @@ def verify_catalogue(
         )  # fmt: skip
         measuring.write(folder, result, "catalogue-check")
     measuring.show_rows(result.rows(), console, title=published.model)
-    lines = [*result.ablation.notes, str(result)]
-    if text is None:
-        lines.append("The built-in text makes verdicts mild: for real ones --text wiki.test.raw")
+    lines = [*result.ablation.notes, str(result), *measures.notes]
     measuring.show_paths(folder, console, lines)
 
 

@@ -117,8 +117,7 @@ def evaluate(
             folder.write({output.name: result.save})
     for table in _tables(result, harness_figures):
         console.print(table)
-    built_in = text is None and not no_text
-    measuring.show_paths(folder, console, _lines(result, built_in))
+    measuring.show_paths(folder, console, [*_lines(result), *measures.notes])
 
 
 def _tables(result, harness_figures: dict) -> Iterator:
@@ -191,7 +190,7 @@ def _of_harness(harness_figures: dict):
     return table
 
 
-def _lines(result, built_in_text: bool) -> list[str]:
+def _lines(result) -> list[str]:
     """What was measured, and what a reader should know of it."""
     lines, found = [], result.scores.perplexity
     if found is not None:
@@ -211,11 +210,6 @@ def _lines(result, built_in_text: bool) -> list[str]:
         ]
     if result.details["config"] is not None and result.details["original"] is None:
         lines.append("alone: the original is not known or not there; --against names it")
-    if built_in_text:
-        lines.append(
-            "The built-in text under-reports damage: for figures that others can compare, give "
-            "--text wiki.test.raw"
-        )
     return lines
 
 

@@ -23,7 +23,7 @@ MODEL = typer.Argument(
 )
 WEIGHTS = typer.Option(
     "--weights",
-    help="A scan's report.json, a file of coordinates, catalogue, or LAYER:ROW:COLUMN "
+    help="A scan's report.json, a file of coordinates, catalogue[:NAME], or LAYER:ROW:COLUMN "
     "(LAYER@EXPERT:ROW:COLUMN, MODULE:ROW:COLUMN). Repeatable.",
 )
 TEXT = typer.Option(
@@ -46,6 +46,10 @@ DTYPE = typer.Option(help="auto, float32, bfloat16 or float16.", show_default="a
 TRUST = typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 SEED = typer.Option(help="Of random draws and of the bootstrap.")
 OUTPUT = typer.Option("-o", "--output", help="Folder for the result as JSON and as a figure.")
+BUILT_IN_TEXT = (
+    "The built-in text under-reports damage: for figures that others can compare, give --text "
+    "wiki.test.raw"
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Measures:
         source: what the text is.
         tasks: a list of ``Task``.
         most, window, stride, batch_size: of the perplexity.
+        notes: what a reader of the figures should know.
     """
 
     words: str | None
@@ -66,6 +71,7 @@ class Measures:
     window: int | None
     stride: int | None
     batch_size: int
+    notes: tuple[str, ...] = ()
 
     def yardstick(self, tokenizer, stop_words: Sequence[str] = ()):
         """Return the ``Yardstick`` for a model with this tokenizer."""
@@ -112,7 +118,8 @@ def read_measures(
     words = None if no_text else default_text() if text is None else read_text(text)
     source = DEFAULT_SOURCE if text is None else str(text)
     tasks = [read_task(name, limit=limit) for name in task or ()]
-    return Measures(words, source, tasks, tokens, window, stride, batch_size)
+    notes = (BUILT_IN_TEXT,) if words is not None and text is None else ()
+    return Measures(words, source, tasks, tokens, window, stride, batch_size, notes)
 
 
 @contextmanager
@@ -150,6 +157,7 @@ def write(folder: OutputDirectory, result, name: str) -> None:
 def show_rows(rows: Sequence[dict], console, title: str | None = None) -> None:
     """Print flat dictionaries as a table: numbers right, a column for each key."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -157,7 +165,7 @@ def show_rows(rows: Sequence[dict], console, title: str | None = None) -> None:
         numbers = any(isinstance(row.get(key), (int, float)) for row in rows)
         table.add_column(re.sub("_", " ", key), justify="right" if numbers else "left")
     for row in rows:
-        table.add_row(*(cell(row.get(key)) for key in columns))
+        table.add_row(*(Text(cell(row.get(key))) for key in columns))
     console.print(table)
 
 

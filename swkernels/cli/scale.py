@@ -52,7 +52,7 @@ def scale(
         )  # fmt: skip
         measuring.write(folder, result, "scale")
     measuring.show_rows(result.rows(), console)
-    measuring.show_paths(folder, console, [*result.notes, str(result)])
+    measuring.show_paths(folder, console, [*result.notes, str(result), *measures.notes])
 
 
 def parse_factors(text: str) -> list[float]:

@@ -146,9 +146,9 @@ def weights_of(model: nn.Module, given: object, name: str | None = None) -> Coor
         model: the model whose weights they are.
         given: Coordinates; a ``ScanReport`` or its document; the path of a scan's report.json or
             of a file of coordinates; {name or (name, expert): [[row, column], ...]}; "catalogue",
-            for what was published of the model ``name``; or "WHERE:ROW:COLUMN", WHERE a layer's
-            number or a module's path, with "@EXPERT" behind it in a mixture of experts. A list of
-            these means all of them together.
+            for what was published of the model ``name``, or "catalogue:NAME"; or
+            "WHERE:ROW:COLUMN", WHERE a layer's number or a module's path, with "@EXPERT" behind it
+            in a mixture of experts. A list of these means all of them together.
         name: of the model, as it was loaded.
 
     Raises:
@@ -172,10 +172,15 @@ def weights_of(model: nn.Module, given: object, name: str | None = None) -> Coor
 
 
 def _named(model: nn.Module, given: str | Path, name: str | None) -> Coordinates:
-    if given == CATALOGUE:
-        if name is None:
-            raise InvalidInput("the catalogue needs the name of the model: give name=")
-        return Coordinates.from_catalogue(name, model)
+    listed = str(given).partition(":")
+    if listed[0] == CATALOGUE:
+        known = listed[2] or name
+        if known is None:
+            raise InvalidInput(f"the catalogue needs the name of the model: {CATALOGUE}:NAME")
+        try:
+            return Coordinates.from_catalogue(known, model)
+        except InvalidInput as error:
+            raise InvalidInput(f"{error}; {CATALOGUE}:NAME says which entry to take") from error
     inline = _INLINE.fullmatch(str(given))
     if inline is not None and not Path(given).exists():
         return _inline(model, inline)

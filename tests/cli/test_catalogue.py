@@ -166,7 +166,7 @@ def test_defaults_are_those_of_the_function():
 
 def test_the_built_in_text_is_noted(go, capfd):
     assert go("--as", "owner/planted", "--tokens", 64, "--controls", 0) == 0
-    assert "The built-in text makes verdicts mild" in printed(capfd)
+    assert "The built-in text under-reports damage" in printed(capfd)
 
 
 @pytest.mark.parametrize(

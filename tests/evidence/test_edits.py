@@ -267,8 +267,15 @@ def test_a_report_and_the_catalogue(model, tmp_path, monkeypatch):
     )
     weights_of(model, CATALOGUE, "some/model")
     assert asked == [("some/model", model)]
-    with pytest.raises(InvalidInput, match="needs the name of the model: give name="):
+    weights_of(model, "catalogue:other/model", "some/model")
+    assert asked[1:] == [("other/model", model)]
+    with pytest.raises(InvalidInput, match="needs the name of the model: catalogue:NAME"):
         weights_of(model, CATALOGUE)
+
+
+def test_an_entry_that_the_catalogue_lacks(model):
+    with pytest.raises(InvalidInput, match="the nearest are .*; catalogue:NAME says which entry"):
+        weights_of(model, CATALOGUE, "some/folder")
 
 
 @pytest.mark.parametrize(
