@@ -44,6 +44,7 @@ OPERATIONS = (
     "quant_generation",
     "perplexity",
     "choices",
+    "ablation",
 )
 SUITES = ("cpu", "gpu", "models")
 
@@ -97,6 +98,10 @@ def cases(
             from benchmarks.models import choices
 
             yield from choices.cases(device)
+        if "ablation" in ops:
+            from benchmarks.models import ablation
+
+            yield ablation.case(device)
         if "topk_abs" in ops and device.type == "cpu":
             from benchmarks.models import topk_checkpoint
 

@@ -230,6 +230,14 @@ TARGETS = [
         )
         for dtype in ("float32", "bfloat16")
     ),
+    Target(
+        "an ablation of SmolLM2 with 4 conditions over 4 evaluations, float32",
+        "cpu",
+        "ablation",
+        {"dtype": "float32"},
+        over_bare,
+        1.05,
+    ),
     *(
         Target(
             "multiple choice by SmolLM2, times faster than each choice in full, questions as long "

@@ -27,7 +27,9 @@ from benchmarks.suites import OPERATIONS, cases
 from swkernels import backends, ops
 from swkernels.errors import InvalidInput
 
-WHOLE_MODELS = {"tracked_model", "sparse_training", "quant_generation", "perplexity", "choices"}
+WHOLE_MODELS = {
+    "tracked_model", "sparse_training", "quant_generation", "perplexity", "choices", "ablation",
+}  # fmt: skip
 SECONDS_LONG = {"lora_linear", "topk_low_rank"}  # on a CPU they are in the suite "models"
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(1e10, 1e10, {"float32": 1e11, "bfloat16": 1e11, "float16": 1e11})
