@@ -35,6 +35,15 @@ def poisoned_allocations(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, _poisoning(getattr(torch.Tensor, name)))
 
 
+@pytest.fixture(autouse=True)
+def gradients_stay_on():
+    """A test that leaves gradients off breaks those that train after it, in other files."""
+    yield
+    enabled = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert enabled, "the test left gradients off"
+
+
 def _poisoning(allocate):
     def allocate_poisoned(*args, **kwargs):
         tensor = allocate(*args, **kwargs)

@@ -8,7 +8,7 @@ which says how much the weights change what the model predicts, whatever the tex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -25,21 +25,46 @@ BLOCK = 64  # tokens that the bootstrap resamples together: neighbours' losses g
 Coordinate = tuple[DownProjection, "int | None", int, int]  # projection, expert, row, column
 
 
+Place = tuple[torch.Tensor, int, int]  # a weight as a matrix without its history, row, column
+
+
+def zeroed(coordinates: list[Coordinate]):
+    """A context in which weights are zero; see ``scaled``."""
+    return scaled(((p.matrix(e).detach(), row, column) for p, e, row, column in coordinates), 0.0)
+
+
 @contextmanager
-def zeroed(coordinates: list[Coordinate]) -> Iterator[None]:
-    """Set weights to zero inside the block, and put back the same bits, whatever happens."""
-    saved = []
+def scaled(places: Iterable[Place], factor: float) -> Iterator[None]:
+    """A context in which entries of weights are ``factor`` times what they are.
+
+    They are changed where they lie and get the same bits back, whatever ends the block.
+    """
+    saved: list[tuple[Place, torch.Tensor]] = []
     try:
-        with torch.no_grad():
-            for projection, expert, row, column in coordinates:
-                matrix = projection.matrix(expert)
-                saved.append((matrix, row, column, matrix[row, column].clone()))
+        for matrix, row, column in places:
+            saved.append(((matrix, row, column), matrix[row, column].clone()))
+            matrix[row, column] *= factor
+            if factor == 0:  # what is infinite, too
                 matrix[row, column] = 0
         yield
     finally:
-        with torch.no_grad():
-            for matrix, row, column, value in reversed(saved):
-                matrix[row, column] = value
+        # A Ctrl-C meanwhile waits until all are back. Python looks for one where a function
+        # begins and where a loop goes round, so both must happen inside the try.
+        interrupted = None
+        while saved:
+            try:
+                while saved:
+                    _put_back_last(saved)
+            except KeyboardInterrupt as error:
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
+
+
+def _put_back_last(saved: list[tuple[Place, torch.Tensor]]) -> None:
+    (matrix, row, column), value = saved[-1]
+    matrix[row, column] = value
+    saved.pop()
 
 
 @dataclass

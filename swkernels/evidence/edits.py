@@ -7,14 +7,13 @@ saved value is one element. Values are put back whatever ends the block, Ctrl-C 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from swkernels.detect.evaluate import scaled
 from swkernels.errors import InvalidInput
 from swkernels.models import find_down_projections
 from swkernels.quant.super_weights import read_super_weights
@@ -105,38 +104,10 @@ class Edits:
         """A context in which these entries (None: all) are zero."""
         return self.scaled(0.0, entries)
 
-    @contextmanager
-    def scaled(self, factor: float, entries: Iterable[Entry] | None = None) -> Iterator[None]:
+    def scaled(self, factor: float, entries: Iterable[Entry] | None = None):
         """A context in which these entries (None: all) are ``factor`` times what they are."""
-        saved: list[tuple[torch.Tensor, int, int, torch.Tensor]] = []
-        try:
-            with torch.no_grad():
-                for entry in self.entries if entries is None else entries:
-                    matrix, row, column = entry.weight.matrix(), entry.row, entry.column
-                    saved.append((matrix, row, column, matrix[row, column].clone()))
-                    matrix[row, column] *= factor
-                    if factor == 0:  # what is infinite, too
-                        matrix[row, column] = 0
-            yield
-        finally:
-            # A Ctrl-C meanwhile waits until all are back. Python looks for one where a function
-            # begins and where a loop goes round, so both must happen inside the try.
-            interrupted = None
-            while saved:
-                try:
-                    while saved:
-                        _put_back_last(saved)
-                except KeyboardInterrupt as error:
-                    interrupted = error
-            if interrupted is not None:
-                raise interrupted
-
-
-def _put_back_last(saved: list[tuple[torch.Tensor, int, int, torch.Tensor]]) -> None:
-    matrix, row, column, value = saved[-1]
-    with torch.no_grad():
-        matrix[row, column] = value
-    saved.pop()
+        chosen = self.entries if entries is None else entries
+        return scaled(((e.weight.matrix(), e.row, e.column) for e in chosen), factor)
 
 
 def weights_of(model: nn.Module, given: object, name: str | None = None) -> Coordinates:

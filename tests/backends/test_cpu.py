@@ -561,9 +561,9 @@ def test_packed_status_codes():
         (status(c=0), "size"),
         (status(code=4), "size"),
         (status(code=2), "size"),
-        (status(dtype=3), "float16"),
-        (status(dtype=1), "float16"),
-        (status(zero_bytes=1), "float16"),
+        (status(dtype=3), "type of elements"),
+        (status(dtype=1), "type of elements"),
+        (status(zero_bytes=1), "type of elements"),
         (status(positions=outside.data_ptr()), "outside"),
         (status(positions=descending.data_ptr(), k=2), "outside"),
         (status(end=17), "outside"),
@@ -683,7 +683,7 @@ def test_status_codes():
 
     assert status() == 0
     for code, word in (
-        (status(dtype=3), "float16"),
+        (status(dtype=3), "type of elements"),
         (status(tokens=-1), "size"),
         (status(channels=-1), "size"),
         (status(data=None), "null"),

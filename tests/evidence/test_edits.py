@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from swkernels.detect import evaluate
 from swkernels.detect.report import ScanReport
 from swkernels.errors import InvalidInput
 from swkernels.evidence import edits as module_under_test
@@ -100,12 +101,12 @@ _LOOKS = ("RESUME", "CALL", "JUMP_BACKWARD", "POP_JUMP_BACKWARD")
 
 
 def interrupted(run, at: int) -> int:
-    """Run with a KeyboardInterrupt at look ``at`` of edits.py; return how many looks there were."""
+    """Run with a KeyboardInterrupt at look ``at`` of our code; return how many looks there were."""
     looks = 0
 
     def trace(frame, event, argument):
         nonlocal looks
-        if frame.f_code.co_filename != module_under_test.__file__:
+        if frame.f_code.co_filename not in (module_under_test.__file__, evaluate.__file__):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode":
@@ -146,20 +147,18 @@ def test_ctrl_c_at_any_point(model):
 def test_ctrl_c_twice_while_weights_are_put_back(model, monkeypatch):
     bits = digest(model)
     edits = Edits(model, Coordinates.of(WEIGHTS, model))
-    left = [2]
-    no_grad = torch.no_grad
+    left, put_back = [2], evaluate._put_back_last
 
-    def interrupts():
-        if inside and left[0]:
+    def interrupts(saved):
+        if left[0]:
             left[0] -= 1
             raise KeyboardInterrupt
-        return no_grad()
+        put_back(saved)
 
-    inside = False
-    monkeypatch.setattr(torch, "no_grad", interrupts)
+    monkeypatch.setattr(evaluate, "_put_back_last", interrupts)
     with pytest.raises(KeyboardInterrupt):
         with edits.zeroed():
-            inside = True
+            assert digest(model) != bits
     assert left == [0] and digest(model) == bits
 
 
