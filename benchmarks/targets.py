@@ -297,8 +297,8 @@ TARGETS = [
         at_least=True,
     ),
     Target(
-        "`topk_abs` of a whole SmolLM2 from its safetensors file, k = 10000, reading it over this, "
-        "float32",
+        "`topk_abs` of a whole SmolLM2 from its cached safetensors file, k = 10000, reading that "
+        "file over this, float32",
         "cpu",
         "topk_abs",
         {"projection": "every tensor of its safetensors file", "dtype": "float32"},
