@@ -44,7 +44,7 @@ PARTS = {
     ),
     "scale": (
         "Scaling",
-        "`swkernels scale --each`: the weights times a factor. Published for OLMo-1B: perplexity "
+        "`swkernels scale`: the weights times a factor. Published for OLMo-1B: perplexity "
         "times 1.03 at 0.75, 8.3 at 0.5, 279 at 0.25. For Llama-7B: the best gain of accuracy, "
         "0.43 points, near 1.5 to 2.",
     ),
@@ -60,7 +60,7 @@ PARTS = {
     ),
     "consistency": (
         "Consistency over samples",
-        "`swkernels scan --samples 1000 --length 256 --no-verify`: in how many samples a position "
+        "`swkernels scan --samples 1000 --length 128 --no-verify`: in how many samples a position "
         "spikes (docs/detection.md has the rule). Counts are cumulative, as in Table 1 of "
         "arXiv 2607.08733, which has, for OLMo-1B: 9 in all, 13 in half, 24 in a fifth, 58 in any.",
     ),
