@@ -84,7 +84,7 @@ class Analysis(Result):
         del curvature["probe"], sensitivity["probe"]  # the same one
         return {
             "schema": self.schema,
-            "versions": versions("swkernels", "torch", "transformers"),
+            "versions": versions("torch", "transformers"),
             "text": self.source,
             "length": self.length,
             "seed": self.seed,
