@@ -191,7 +191,7 @@ def verified(study: Study) -> Part:
 def ranking(study: Study) -> Part:
     found = rank(smollm2.prepare(), cache=False, progress=_show)
     largest = ", ".join(
-        f"{row['module']} [{row['row']}, {row['column']}] = {row['value']:.4g}"
+        f"{row['name']} [{row['row']}, {row['column']}] = {row['value']:.4g}"
         for row in found.rows()[:5]
     )
     settings = f"The {len(found):,} largest of {sum(n for _, n in found.sizes.values()):,} entries."
