@@ -6,7 +6,8 @@ import itertools
 import json
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -63,19 +64,31 @@ def read_text(path: str | Path) -> str:
     Raises:
         InvalidInput: it is not there, cannot be read, is not UTF-8, or is empty.
     """
-    try:
+    with reading(path, "text", "a UTF-8 text file"):
         text = Path(path).read_text(encoding="utf-8-sig")
+    if not text.strip():
+        raise InvalidInput(f"the text {path} is empty: give a text of at least 2 tokens")
+    return text
+
+
+@contextmanager
+def reading(path: str | Path, what: str, instead: str) -> Iterator[None]:
+    """Turn what goes wrong while a text file is read into one line.
+
+    Args:
+        what: it should be.
+        instead: what to give.
+    """
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise InvalidInput(
             f"{path} is not UTF-8 text (byte {error.start}): convert it, for example with iconv"
         ) from error
     except OSError as error:
         raise InvalidInput(
-            f"cannot read the text {path}: {error.strerror or error}; give a UTF-8 text file"
+            f"cannot read the {what} {path}: {error.strerror or error}; give {instead}"
         ) from error
-    if not text.strip():
-        raise InvalidInput(f"the text {path} is empty: give a text of at least 2 tokens")
-    return text
 
 
 def read_dataset(name: str) -> list[str]:
@@ -97,7 +110,10 @@ def read_dataset(name: str) -> list[str]:
     elif Path(name).exists():
         raise InvalidInput(f"{name}: expected a .txt or .jsonl file or a Hugging Face data set")
     else:
-        texts = _hugging_face(name)
+        rows = dataset_rows(name, "train", "a .txt or .jsonl file", _DATASET_TEXTS)
+        texts = [row.get("text") for row in rows]
+        if not all(isinstance(text, str) for text in texts):
+            raise InvalidInput(f"the data set {name} has no column of strings named text")
     if not any(text.strip() for text in texts):
         raise InvalidInput(f"the data set {name} holds no text: its texts are all empty")
     return texts
@@ -120,27 +136,35 @@ def _json_lines(path: str) -> list[str]:
     return texts
 
 
-def _hugging_face(name: str) -> list[str]:
+def dataset_rows(name: str, split: str, instead: str, most: int | None = None) -> list[dict]:
+    """Return the rows of a Hugging Face data set; needs the library ``datasets``.
+
+    Args:
+        name: ``NAME`` or ``NAME:CONFIGURATION``.
+        instead: the files that could be given in its place.
+        most: the first so many, of which no more is loaded; None for all.
+
+    Raises:
+        InvalidInput: the library is missing, or the data set cannot be loaded.
+    """
     try:
         import datasets
     except ImportError as error:
         raise InvalidInput(
             f"there is no file {name}, and a Hugging Face data set needs the library datasets: "
-            "pip install 'swkernels[datasets]', or give a .txt or .jsonl file"
+            f"pip install 'swkernels[datasets]', or give {instead}"
         ) from error
     path, _, configuration = name.partition(":")
+    streaming = {} if most is None else {"streaming": True}
     try:
-        rows = datasets.load_dataset(path, configuration or None, split="train", streaming=True)
-        texts = [row.get("text") for row in itertools.islice(rows, _DATASET_TEXTS)]
+        rows = datasets.load_dataset(path, configuration or None, split=split, **streaming)
+        return list(itertools.islice(rows, most))
     except Exception as error:  # datasets raises many kinds, for the network, names and formats
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InvalidInput(
             f"cannot load the data set {name}: {lines[0]}; check the name and the network, or "
-            "give a .txt or .jsonl file"
+            f"give {instead}"
         ) from error
-    if not all(isinstance(text, str) for text in texts):
-        raise InvalidInput(f"the data set {name} has no column of strings named text")
-    return texts
 
 
 def make_samples(

@@ -19,12 +19,11 @@ from swkernels.train import Coordinates
 
 from .ablation import CONTROLS, KINDS, Ablation, Condition
 from .controls import of_equal_magnitude, of_equal_size
-from .edits import Edits, Entry, weights_of
+from .edits import TOGETHER, Edits, Entry, weights_of
 from .restore import SuperActivations
 from .results import Progress, silent
 from .yardstick import Scores, Yardstick
 
-TOGETHER = "all together"
 MOST = 16  # weights that are taken one by one without being asked
 
 

@@ -44,17 +44,12 @@ class Condition:
     @property
     def ratio(self) -> float | None:
         """Perplexity over the intact model's; None without a text."""
-        if self.scores.perplexity is None:
-            return None
-        return self.scores.perplexity.ratio(self.intact.perplexity)[0]
+        return self.scores.ratio(self.intact)[0]
 
     @property
     def error(self) -> float | None:
-        """Standard error of ``ratio`` over windows; None with one, and where it is not finite."""
-        if self.scores.perplexity is None:
-            return None
-        ratio, error = self.scores.perplexity.ratio(self.intact.perplexity)
-        return error if math.isfinite(ratio) else None
+        """Standard error of ``ratio`` over windows; see ``Scores.ratio``."""
+        return self.scores.ratio(self.intact)[1]
 
     @property
     def stop_words(self) -> dict[str, float]:
@@ -66,8 +61,7 @@ class Condition:
     @property
     def not_finite(self) -> int:
         """Windows and questions whose score is NaN or infinite."""
-        parts = [*self.scores.choices.values(), self.scores.perplexity]
-        return sum(part.not_finite for part in parts if part is not None)
+        return self.scores.not_finite
 
     def changes(self) -> dict:
         """Of each task the comparison with the intact model, question by question."""

@@ -7,7 +7,6 @@ estimate stands beside it with the noise that rounding puts into it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,29 +14,21 @@ import torch
 from torch import nn
 
 from swkernels.train import Coordinates
-from swkernels.train.figure import LINE, MARK, MUTED, log_where_wide
+from swkernels.train.figure import LINE, MARK, MUTED
 
-from .probe import EPSILON, Probe, probe
-from .results import Progress, Result, silent
+from .probe import EPSILON, probe
+from .probed import Probed, divided, label_entries
+from .results import Progress, silent
 from .spread import Spread
 
 FORMULA = "H = d2L/dw2;  differences (L(w + eps) - 2 L(w) + L(w - eps)) / eps^2"
 
 
 @dataclass(frozen=True)
-class Curvature(Result):
-    """The second derivative of the loss by some weights and by random ones of their matrices.
-
-    With N inputs, P weights, R random positions each and Q = P + P R; see ``Probe``.
-
-    Attributes:
-        probe: what was measured.
-    """
-
-    probe: Probe
+class Curvature(Probed):
+    """The second derivative of the loss by some weights and by random ones of their matrices."""
 
     schema = "swkernels.curvature/1"
-    height = 4.2
 
     @property
     def exact(self) -> torch.Tensor:
@@ -112,11 +103,7 @@ class Curvature(Result):
             "probe": self.probe.to_dict(),
         }
 
-    def _draw(self, figure) -> None:
-        self.draw(figure.subplots())
-
     def draw(self, axes) -> None:
-        """Fill matplotlib axes."""
         rows = self.rows()
         own = [abs(row["curvature"]) for row in rows]
         axes.plot(own, "D", color=MARK, label="weight, exact")
@@ -156,21 +143,3 @@ def curvature(
             model, coordinates, inputs, random=random, eps=eps, seed=seed, progress=progress
         )
     )  # fmt: skip
-
-
-def divided(one: float, other: float) -> float:
-    """one / other; NaN where the other is 0."""
-    return one / other if other else math.nan
-
-
-def label_entries(axes, probe: Probe, values: list[float]) -> None:
-    """What the panels of entries share: the scale of ``values``, and the entries' names below."""
-    log_where_wide(axes, "y", [value for value in values if value > 0])
-    axes.grid(True, axis="y", color="#dde2e7", linewidth=0.8)
-    axes.margins(x=0.15)
-    if len(probe.entries) <= 12:
-        labels = [entry.label for entry in probe.entries]
-        axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=7)
-    else:
-        axes.set_xlabel("weight")
-    axes.legend(frameon=False, fontsize=7)

@@ -23,6 +23,7 @@ from swkernels.train.weights import Site, Weight, find_weights
 
 _INLINE = re.compile(r"(?P<where>.+?)(@(?P<expert>\d+))?:(?P<row>\d+):(?P<column>\d+)")
 CATALOGUE = "catalogue"
+TOGETHER = "all together"  # what results call all the weights that a caller names
 
 
 @dataclass(frozen=True)
@@ -222,4 +223,4 @@ def _shared(model: nn.Module, entries: Sequence[Entry]) -> list[str]:
     return notes
 
 
-__all__ = ["CATALOGUE", "Edits", "Entry", "weights_of"]
+__all__ = ["CATALOGUE", "TOGETHER", "Edits", "Entry", "weights_of"]

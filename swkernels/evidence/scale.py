@@ -18,12 +18,11 @@ from swkernels.detect.report import versions
 from swkernels.errors import InvalidInput
 from swkernels.train.figure import LINE, MARK, MUTED, log_where_wide
 
-from .edits import Edits, Entry, weights_of
+from .edits import TOGETHER, Edits, Entry, weights_of
 from .results import Progress, Result, silent
 from .yardstick import Scores, Yardstick
 
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
-TOGETHER = "all together"
 _LINES = 8  # curves of single weights in a figure: more would cover each other
 
 
@@ -34,8 +33,7 @@ class Dose:
     Attributes:
         factor: what the weights were multiplied by.
         scores: what the yardstick read.
-        ratio, error: the perplexity over the intact model's, and its standard error over windows
-            (None with one window, and where the ratio is not finite); None without a text.
+        ratio, error: the perplexity over the intact model's, see ``Scores.ratio``.
     """
 
     factor: float
@@ -46,9 +44,7 @@ class Dose:
     @property
     def finite(self) -> bool:
         """Whether every loss that was measured is a finite number."""
-        text = self.scores.perplexity
-        parts = [*self.scores.choices.values(), *([] if text is None else [text])]
-        return not any(part.not_finite for part in parts)
+        return not self.scores.not_finite
 
 
 @dataclass(frozen=True)
@@ -221,7 +217,7 @@ def scale(
             if factor != 1:
                 with edits.scaled(factor, entries):
                     scores = read(strict=False)
-            doses.append(Dose(factor, scores, *_ratio(scores, intact)))
+            doses.append(Dose(factor, scores, *scores.ratio(intact)))
         curves.append(Curve(label, entries, tuple(doses)))
     return Scaling(
         name or type(model).__name__,
@@ -262,13 +258,6 @@ def _check_range(entries: Sequence[Entry], factors: Sequence[float]) -> None:
                     f"{factor:g} times {entry.label}, which is {entry.value:g}, does not fit "
                     f"{dtype}: give a smaller factor, or load the model in a wider dtype"
                 )
-
-
-def _ratio(scores: Scores, intact: Scores) -> tuple[float | None, float | None]:
-    if scores.perplexity is None:
-        return None, None
-    ratio, error = scores.perplexity.ratio(intact.perplexity)
-    return ratio, error if math.isfinite(ratio) else None
 
 
 def _dose(dose: Dose) -> str:

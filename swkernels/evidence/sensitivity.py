@@ -17,28 +17,19 @@ from torch import nn
 from swkernels.train import Coordinates
 from swkernels.train.figure import LINE, MARK, MUTED
 
-from .curvature import divided, label_entries
-from .probe import EPSILON, Probe, probe
-from .results import Progress, Result, silent
+from .probe import EPSILON, probe
+from .probed import Probed, divided, label_entries
+from .results import Progress, silent
 from .spread import Spread
 
 FORMULA = "measured |L(w + eps) - L(w)|;  foretold |g eps + H eps^2 / 2|"
 
 
 @dataclass(frozen=True)
-class Sensitivity(Result):
-    """By how much the loss changes when a weight moves by eps.
-
-    With N inputs, P weights, R random positions each and Q = P + P R; see ``Probe``.
-
-    Attributes:
-        probe: what was measured.
-    """
-
-    probe: Probe
+class Sensitivity(Probed):
+    """By how much the loss changes when a weight moves by eps."""
 
     schema = "swkernels.sensitivity/1"
-    height = 4.2
 
     @cached_property
     def measured(self) -> torch.Tensor:
@@ -95,11 +86,7 @@ class Sensitivity(Result):
             "probe": self.probe.to_dict(),
         }
 
-    def _draw(self, figure) -> None:
-        self.draw(figure.subplots())
-
     def draw(self, axes) -> None:
-        """Fill matplotlib axes."""
         rows = self.rows()
         shown = [rows[0]["noise"]]
         for who, prefix, color in (("weight", "", MARK), ("random", "random_", LINE)):

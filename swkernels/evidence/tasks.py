@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from swkernels.detect.text import dataset_rows, reading
 from swkernels.errors import InvalidInput
 
 _SPLIT = "validation"
@@ -94,46 +95,21 @@ def read_task(source: str | Path, *, limit: int | None = None, name: str | None 
 
 def _lines(path: Path) -> Iterator[tuple[str, int, object]]:
     """Where it is (for errors), line number and object of each line that is not blank."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise InvalidInput(f"{where}: not JSON ({error}): mend the line") from error
-                yield where, number, row
-    except UnicodeDecodeError as error:
-        raise InvalidInput(
-            f"{path} is not UTF-8 text (byte {error.start}): convert it, for example with iconv"
-        ) from error
-    except OSError as error:
-        raise InvalidInput(
-            f"cannot read the task {path}: {error.strerror or error}; give a .jsonl file"
-        ) from error
+    with reading(path, "task", "a .jsonl file"), path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InvalidInput(f"{where}: not JSON ({error}): mend the line") from error
+            yield where, number, row
 
 
 def _hugging_face(source: str) -> Iterator[tuple[str, int, object]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InvalidInput(
-            f"there is no file {source}, and a Hugging Face data set needs the library datasets: "
-            "pip install 'swkernels[datasets]', or give a .jsonl file"
-        ) from error
-    whole, _, split = source.partition("@")
-    path, _, configuration = whole.partition(":")
-    try:
-        rows = datasets.load_dataset(path, configuration or None, split=split or _SPLIT)
-    except Exception as error:  # datasets raises many kinds, for the network, names and formats
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InvalidInput(
-            f"cannot load the data set {source}: {lines[0]}; check the name and the network, or "
-            "give a .jsonl file"
-        ) from error
-    for number, row in enumerate(rows, 1):
+    name, _, split = source.partition("@")
+    for number, row in enumerate(dataset_rows(name, split or _SPLIT, "a .jsonl file"), 1):
         yield f"{source}, row {number}", number, row
 
 

@@ -18,9 +18,9 @@ from swkernels.errors import InvalidInput
 from swkernels.train import CatalogueEntry, Coordinates
 from swkernels.train.published import find_entry
 
-from .ablate import TOGETHER, ablate
+from .ablate import ablate
 from .ablation import CONTROLS, Ablation, Condition
-from .edits import Entry
+from .edits import TOGETHER, Entry
 from .results import Progress, Result, silent
 from .yardstick import Yardstick
 

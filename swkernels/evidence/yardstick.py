@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -30,6 +31,22 @@ class Scores:
     perplexity: Perplexity | None = None
     choices: dict[str, ChoiceScores] = field(default_factory=dict)
     stop_words: StopWords | None = None
+
+    @property
+    def not_finite(self) -> int:
+        """Windows and questions whose score is NaN or infinite."""
+        parts = [*self.choices.values(), self.perplexity]
+        return sum(part.not_finite for part in parts if part is not None)
+
+    def ratio(self, intact: Scores) -> tuple[float | None, float | None]:
+        """The perplexity over that of ``intact``, and its standard error over windows.
+
+        None without a text; the error also with one window, and where the ratio is not finite.
+        """
+        if self.perplexity is None:
+            return None, None
+        ratio, error = self.perplexity.ratio(intact.perplexity)
+        return ratio, error if math.isfinite(ratio) else None
 
     def to_dict(self) -> dict:
         """The parts that were measured."""

@@ -48,8 +48,10 @@ def test_the_table(tmp_path):
     assert "| 3 | 0.1235 | here |\n\nBelow.\n\nMeasured 2026-11-26, commit `abc`." in page
 
 
-def test_a_foreign_file_is_named(tmp_path):
-    (tmp_path / "rank.json").write_text(json.dumps({"schema": "other", "part": "rank"}))
+@pytest.mark.parametrize("change", [{"schema": "other"}, {"part": "scale"}, {"more": 1}])
+def test_a_foreign_file_is_named(tmp_path, change):
+    path = record().write(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InvalidInput, match="rank.json: no record of swkernels.evidence/1"):
         evidence.read_all(tmp_path)
 

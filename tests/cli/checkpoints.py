@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -59,3 +60,12 @@ def save(model, folder: Path, tokenizer=None) -> Path:
     model.save_pretrained(folder)
     (tokenizer or make_tokenizer()).save_pretrained(folder)
     return folder
+
+
+def files(folder: Path) -> dict[str, str]:
+    """A hash of every file in a folder and below it, to show that they are as before."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }

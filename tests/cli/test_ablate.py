@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 
@@ -12,7 +11,7 @@ from swkernels.cli import ablate as command
 from swkernels.cli import main
 from swkernels.detect.perplexity import perplexity, tokens_of
 from swkernels.evidence.ablate import ablate
-from tests.cli.checkpoints import TEXT, make_model, make_tokenizer, plant, save
+from tests.cli.checkpoints import TEXT, files, make_model, make_tokenizer, plant
 
 QUESTIONS = [
     {"context": "the weight of", "choices": ["a model", "two python", "in ."], "answer": n % 3}
@@ -20,46 +19,28 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    model = make_model(initializer_range=0.3)
-    plant(model)
-    return save(model, tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text(TEXT * 6, encoding="utf-8")
-    return path
-
-
 @pytest.fixture
-def go(folder, text):
+def go(planted, short_text):
     def go(*options):
-        options = ("--text", text, "--window", 32, "--device", "cpu", *options)
-        return main(["ablate", str(folder), *map(str, options)])
+        options = ("--text", short_text, "--window", 32, "--device", "cpu", *options)
+        return main(["ablate", str(planted), *map(str, options)])
 
     return go
 
 
-def files(folder) -> dict:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-
-
-def test_all_of_it(go, folder, tmp_path, capfd):
-    before = files(folder)
+def test_all_of_it(go, planted, tmp_path, capfd):
+    before = files(planted)
     task = tmp_path / "words.jsonl"
     task.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     options = ["--weights", "1:5:7", "--weights", "1:3:4", "--restore-activation", "--controls", 2]
     options += ["--stop-words", "--task", task, "-o", tmp_path / "out"]
     assert go(*options) == 0
-    assert files(folder) == before
+    assert files(planted) == before
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["ablate.json", "ablate.png"]
     found = json.loads((tmp_path / "out" / "ablate.json").read_text())
     printed, error = capfd.readouterr()
     assert error == "" and str(tmp_path / "out" / "ablate.png") in printed
-    assert found["model"] == str(folder) and found["measures"]["tasks"][0]["items"] == 4
+    assert found["model"] == str(planted) and found["measures"]["tasks"][0]["items"] == 4
     labels = [c["label"] for c in found["conditions"]]
     assert labels == [
         "intact", "all together", "all together, activation restored", "layer 1 [3, 4]",
@@ -109,15 +90,15 @@ def test_defaults_are_those_of_the_function():
         (["--no-text", "--stop-words"], "--stop-words and --no-text exclude each other"),
     ],
 )
-def test_errors_are_one_line_and_write_nothing(go, folder, tmp_path, capfd, options, words):
-    before = files(folder)
+def test_errors_are_one_line_and_write_nothing(go, planted, tmp_path, capfd, options, words):
+    before = files(planted)
     options = options if "--weights" in options else ["--weights", "1:5:7", *options]
     assert go(*options, "-o", tmp_path / "a" / "b") == 2
     printed, error = capfd.readouterr()
     assert error.startswith("swkernels: error: ") and error.count("\n") == 1 and words in error
-    assert not list(tmp_path.iterdir()) and files(folder) == before
+    assert not list(tmp_path.iterdir()) and files(planted) == before
 
 
-def test_weights_are_asked_for(folder, capfd):
-    assert main(["ablate", str(folder)]) == 2
+def test_weights_are_asked_for(planted, capfd):
+    assert main(["ablate", str(planted)]) == 2
     assert "--weights" in capfd.readouterr().err

@@ -12,17 +12,10 @@ from swkernels.cli.analyze import analyze as command
 from swkernels.detect import loading
 from swkernels.evidence.analyze import analyze
 from swkernels.train import Coordinates
-from tests.cli.checkpoints import TEXT, make_model, make_tokenizer, plant, save
+from tests.cli.checkpoints import TEXT, make_model, make_tokenizer, plant
 
 DOWN = "model.layers.{}.mlp.down_proj"
 WEIGHTS = ["--weights", "1:5:7", "--weights", "0:2:3"]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    model = make_model(initializer_range=0.3)
-    plant(model)
-    return save(model, tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
@@ -33,10 +26,10 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def go(source, text):
+def go(planted, text):
     def go(*options, weights=WEIGHTS):
         fixed = ["--text", text, "--prompts", 3, "--inputs", 2, "--length", 12, "--device", "cpu"]
-        return main(["analyze", str(source), *map(str, [*fixed, *weights, *options])])
+        return main(["analyze", str(planted), *map(str, [*fixed, *weights, *options])])
 
     return go
 

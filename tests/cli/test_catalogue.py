@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 from inspect import signature
@@ -14,7 +13,7 @@ from swkernels.cli import main
 from swkernels.detect.perplexity import perplexity, tokens_of
 from swkernels.evidence.verify_catalogue import verify_catalogue
 from swkernels.train import catalogue, published
-from tests.cli.checkpoints import TEXT, make_model, make_tokenizer, plant, save
+from tests.cli.checkpoints import TEXT, files, make_model, make_tokenizer, plant, save
 
 catalogue_cli = importlib.import_module("swkernels.cli.catalogue")  # cli.catalogue is a function
 FACTS = Path(__file__).parents[3] / "shared" / "facts" / "super_weights.json"
@@ -123,14 +122,6 @@ def go(folder, monkeypatch):
         return main(["verify-catalogue", "tiny", "--device", "cpu", *map(str, options)])
 
     return go
-
-
-def files(folder) -> dict:
-    return {
-        str(p): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in folder.rglob("*")
-        if p.is_file()
-    }
 
 
 def test_verify(go, folder, tmp_path, capfd):

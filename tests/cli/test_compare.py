@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 
 import pytest
 
 from swkernels.cli import main
 from swkernels.detect.report import ScanReport
-from tests.cli.checkpoints import TEXT, make_model, plant, save
+from tests.cli.checkpoints import TEXT, files, make_model, plant, save
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +28,6 @@ def folder(tmp_path_factory):
     (folder / "second").mkdir()
     ScanReport(data).save(folder / "second" / "report.json")
     return folder
-
-
-def files(folder) -> dict:
-    return {
-        str(p): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in folder.rglob("*")
-        if p.is_file()
-    }
 
 
 def test_reports_side_by_side(folder, tmp_path, capfd):

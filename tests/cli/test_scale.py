@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 
 import pytest
@@ -12,45 +11,27 @@ from swkernels.cli.scale import _FACTORS, parse_factors
 from swkernels.detect.perplexity import perplexity, tokens_of
 from swkernels.errors import InvalidInput
 from swkernels.evidence.scale import FACTORS
-from tests.cli.checkpoints import TEXT, make_model, make_tokenizer, plant, save
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    model = make_model(initializer_range=0.3)
-    plant(model)
-    return save(model, tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text(TEXT * 6, encoding="utf-8")
-    return path
+from tests.cli.checkpoints import TEXT, files, make_model, make_tokenizer, plant
 
 
 @pytest.fixture
-def go(folder, text):
+def go(planted, short_text):
     def go(*options):
-        options = ("--text", text, "--window", 32, "--device", "cpu", *options)
-        return main(["scale", str(folder), *map(str, options)])
+        options = ("--text", short_text, "--window", 32, "--device", "cpu", *options)
+        return main(["scale", str(planted), *map(str, options)])
 
     return go
 
 
-def files(folder) -> dict:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-
-
-def test_the_sweep(go, folder, tmp_path, capfd):
-    before = files(folder)
+def test_the_sweep(go, planted, tmp_path, capfd):
+    before = files(planted)
     options = ["--weights", "1:5:7", "--weights", "1:3:4", "--each", "--factors", "0,0.5,...,1.5"]
     assert go(*options, "-o", tmp_path / "out") == 0
-    assert files(folder) == before
+    assert files(planted) == before
     found = json.loads((tmp_path / "out" / "scale.json").read_text())
     printed, error = capfd.readouterr()
     assert error == "" and str(tmp_path / "out" / "scale.png") in printed
-    assert found["model"] == str(folder) and found["measures"]["window"] == 32
+    assert found["model"] == str(planted) and found["measures"]["window"] == 32
     assert [curve["name"] for curve in found["curves"]][1:] == ["layer 1 [3, 4]", "layer 1 [5, 7]"]
     assert [dose["factor"] for dose in found["curves"][0]["doses"]] == [0, 0.5, 1, 1.5]
 
@@ -106,15 +87,15 @@ def test_factors_that_cannot_be_read(text):
         (["--no-text"], "exclude each other"),
     ],
 )
-def test_errors_are_one_line_and_write_nothing(go, folder, tmp_path, capfd, options, words):
-    before = files(folder)
+def test_errors_are_one_line_and_write_nothing(go, planted, tmp_path, capfd, options, words):
+    before = files(planted)
     options = options if "--weights" in options else ["--weights", "1:5:7", *options]
     assert go(*options, "-o", tmp_path / "a" / "b") == 2
     printed, error = capfd.readouterr()
     assert error.startswith("swkernels: error: ") and error.count("\n") == 1 and words in error
-    assert not list(tmp_path.iterdir()) and files(folder) == before
+    assert not list(tmp_path.iterdir()) and files(planted) == before
 
 
-def test_weights_are_asked_for(folder, capfd):
-    assert main(["scale", str(folder)]) == 2
+def test_weights_are_asked_for(planted, capfd):
+    assert main(["scale", str(planted)]) == 2
     assert "--weights" in capfd.readouterr().err

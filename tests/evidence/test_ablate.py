@@ -18,7 +18,7 @@ from swkernels.evidence.edits import Edits
 from swkernels.evidence.tasks import Item, Task
 from swkernels.evidence.yardstick import Yardstick
 from swkernels.train import Coordinates
-from tests.cli.checkpoints import TEXT, WORDS, make_model, make_tokenizer, plant
+from tests.cli.checkpoints import TEXT, WORDS, make_model, make_tokenizer
 from tests.evidence.bytes import digest
 
 NAME, FIRST = "model.layers.1.mlp.down_proj", "model.layers.0.mlp.down_proj"
@@ -29,18 +29,6 @@ TASK = Task(
     tuple(Item(f"{i}", ("the weight of",), (" a", " python .", " ."), i % 3) for i in range(6)),
     "by hand",
 )
-
-
-@pytest.fixture
-def model():
-    made = make_model(initializer_range=0.3)
-    plant(made)
-    return made
-
-
-@pytest.fixture
-def yardstick():
-    return Yardstick(tokens_of(TEXT * 6, make_tokenizer()), window=32)
 
 
 @pytest.fixture
@@ -381,6 +369,10 @@ def test_document_rows_and_figure(model, yardstick, tmp_path):
     frame = result.to_dataframe()
     assert len(frame) == len(result.conditions) and frame["ratio"].iloc[0] == 1
     assert "Random weights of the same matrices: x" in found["summary"]
+    gone = result["all together"]
+    assert f"perplexity x{gone.ratio:.4g} ± {gone.error:.2g}." in found["summary"]
+    kinds = [c.kind for c, row in zip(result.conditions, result.rows()) if "matched" in row]
+    assert kinds == ["magnitude"] * 2
     for suffix in ("png", "svg"):
         result.plot(tmp_path / f"a.{suffix}")
         assert (tmp_path / f"a.{suffix}").stat().st_size > 10_000

@@ -27,6 +27,7 @@ PLAIN = [
     ("one two ", ["three ,", "python"], 1),  # spaces at the end of a context
     ("", ["the weight", "of python"], 0),
     ("<s>", ["the weight", "of"], 0),  # BOS as text
+    ("", ["<s> the weight", "of"], 0),  # and where a prefix would stand
     (" ".join(WORDS * 4), ["is in", "the weight of a model"], 0),  # longer than the model
 ]
 

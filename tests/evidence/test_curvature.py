@@ -119,6 +119,19 @@ def test_a_head_that_is_tied_to_the_embedding():
     assert "tied" in found.notes[0]
 
 
+def test_a_weight_that_another_kind_of_module_holds_too():
+    class Scaled(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+    model = build("llama")
+    name = "model.layers.1.mlp.down_proj"
+    model.other = Scaled(model.get_submodule(name).weight)
+    with pytest.raises(InvalidInput, match="is tied to other, a Scaled: expected a layer of its"):
+        probe(model, Coordinates.of({name: [[1, 2]]}, model), IDS)
+
+
 def test_layers_that_share_a_weight():
     model = build("gpt2")
     first, last = (model.get_submodule(GPT2.format(n)) for n in (0, 2))

@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 
-from swkernels.detect.perplexity import perplexity, tokens_of
+from swkernels.detect.perplexity import perplexity
 from swkernels.errors import InvalidInput
 from swkernels.evidence.scale import FACTORS, scale
 from swkernels.evidence.tasks import Item, Task
 from swkernels.evidence.yardstick import Yardstick
 from swkernels.train import Coordinates
-from tests.cli.checkpoints import TEXT, make_model, make_tokenizer, plant
+from tests.cli.checkpoints import make_model, make_tokenizer
 from tests.evidence.bytes import digest
 
 NAME = "model.layers.1.mlp.down_proj"
@@ -24,18 +24,6 @@ TASK = Task(
     tuple(Item(f"{i}", ("the weight of",), (" a", " python", " ."), i % 3) for i in range(6)),
     "by hand",
 )
-
-
-@pytest.fixture
-def model():
-    made = make_model(initializer_range=0.3)
-    plant(made)
-    return made
-
-
-@pytest.fixture
-def yardstick():
-    return Yardstick(tokens_of(TEXT * 6, make_tokenizer()), window=32)
 
 
 def test_each_dose_is_that_of_a_model_changed_by_hand(model, yardstick):
