@@ -34,7 +34,7 @@ from .samples import Runner, check_vocabulary, evaluating, most_positions
 from .text import make_samples
 
 WINDOW = 2048
-# Logits turned into losses at a time: what is made of them should stay in a CPU's cache, and on a
+# Logits that are looked at together: what is made of them should stay in a CPU's cache, and on a
 # GPU be more than a launch costs.
 _LOGITS = {"cpu": 1 << 20}
 _MOST_LOGITS = 1 << 24
@@ -307,10 +307,14 @@ def _batches(windows: list[_Window], size: int) -> list[list[_Window]]:
     return batches
 
 
+def rows_together(logits: torch.Tensor) -> int:
+    """How many rows of logits [S, V] are best looked at together."""
+    return max(1, _LOGITS.get(logits.device.type, _MOST_LOGITS) // logits.shape[1])
+
+
 def _summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
     """Summed loss in nats of targets [S] under logits [S, V]."""
-    most = _LOGITS.get(logits.device.type, _MOST_LOGITS)
-    rows = max(1, most // logits.shape[1])
+    rows = rows_together(logits)
     parts = zip(logits.split(rows), targets.to(logits.device).split(rows))
     losses = [F.cross_entropy(row.float(), target, reduction="none") for row, target in parts]
     return float(torch.cat(losses).double().sum())

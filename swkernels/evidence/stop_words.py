@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from swkernels.detect.perplexity import rows_together
 from swkernels.errors import InvalidInput
 
 STOP_WORDS = (
@@ -20,7 +21,6 @@ STOP_WORDS = (
 )  # fmt: skip
 
 _BEFORE = ("it", "him", "1")  # what may stand before a word, so that it is written as inside a text
-_ROWS = 256  # logits reduced at a time: their float32 copy is V wide each
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class StopWordMeter:
                 f"token id {int(ids.max())} is outside the model's vocabulary of "
                 f"{logits.shape[-1]}: use the tokenizer that belongs to the model"
             )
-        for rows in logits.split(_ROWS):
+        for rows in logits.split(rows_together(logits)):
             rows = rows.float()
             chosen = rows[:, ids].double() - rows.logsumexp(-1, keepdim=True).double()
             self._sums += chosen.exp().sum(0).cpu()
