@@ -10,8 +10,9 @@ from pathlib import Path
 
 from benchmarks import records
 from benchmarks.tables import table
-from swkernels.detect.report import encode, write_atomically
+from swkernels.detect.report import encode
 from swkernels.errors import InvalidInput
+from swkernels.files import write_atomically
 
 SCHEMA = "swkernels.evidence/1"
 FOLDER = records.RESULTS / "evidence"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from benchmarks import records
 from swkernels.detect.perplexity import Perplexity
-from swkernels.detect.report import write_atomically
 from swkernels.errors import InvalidInput
+from swkernels.files import write_atomically
 
 SCHEMA = "swkernels.quality/1"
 FOLDER = "quality"  # beside the records of speed

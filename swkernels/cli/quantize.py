@@ -75,8 +75,8 @@ def quantize(
 ) -> None:
     """Pack the weights of MODEL in 4 or 8 bits and keep its super weights exactly."""
     from swkernels.detect import loading
+    from swkernels.files import in_folder
     from swkernels.quant.super_weights import read_super_weights
-    from swkernels.train.files import in_folder
 
     config = _config(
         bits, code=code, symmetric=symmetric, block_size=block, clip=clip, scale_dtype=scales,
@@ -139,7 +139,7 @@ def _check_model(model: str) -> None:
     """Refuse a model that is not there, or quantized, before it is read."""
     from swkernels.detect import loading
     from swkernels.errors import InvalidInput
-    from swkernels.train.files import read_json
+    from swkernels.files import read_json
 
     where, options = loading.source_of(model)
     path = Path(where) / "config.json"

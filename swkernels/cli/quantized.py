@@ -38,7 +38,7 @@ def read_source(model: str) -> dict | None:
         InvalidInput: the report is damaged.
     """
     from swkernels.errors import InvalidInput
-    from swkernels.train.files import read_json
+    from swkernels.files import read_json
 
     path = Path(model).expanduser() / REPORT
     if not path.is_file():

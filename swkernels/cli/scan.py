@@ -152,12 +152,12 @@ def _read(path: Path | None) -> str | None:
 def _writers(report) -> dict[str, Callable[[Path], None]]:
     """Render everything before anything is written; report.json last, as the sign of success."""
     from swkernels.detect import page, plots
-    from swkernels.detect.report import write_atomically
+    from swkernels.files import write_atomically
 
     document = report.to_dict()
     return {
-        "spikes.png": partial(write_atomically, content=plots.spikes_png(document)),
-        "report.html": partial(write_atomically, content=page.render(document)),
+        "spikes.png": partial(write_atomically, data=plots.spikes_png(document)),
+        "report.html": partial(write_atomically, data=page.render(document)),
         "report.json": report.save,
     }
 

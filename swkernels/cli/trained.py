@@ -93,7 +93,7 @@ def export(handle, names: list[str], output: Path) -> list[Path]:
 
 def writers(handle, document: dict) -> dict[str, Callable[[Path], None]]:
     """What writes each file; everything is rendered first, train.json is the sign of success."""
-    from swkernels.train.files import write_atomically
+    from swkernels.files import write_atomically
     from swkernels.train.plot import loss_png
 
     figure = loss_png(document["losses"], document["evaluation"])

@@ -18,7 +18,7 @@ from swkernels import ops
 from swkernels.models import DownProjection
 
 from .criteria import dominance, outlier_threshold, prominence
-from .tracking import ProjectionState, TrackHandle
+from .tracking import ProjectionState
 from .witness import Spike
 
 
@@ -54,7 +54,7 @@ class Candidate:
         return score if math.isfinite(score) else float("inf")
 
 
-def find_spikes(handle: TrackHandle, locate, config) -> list[Spike]:
+def find_spikes(states: list[ProjectionState], locate, config) -> list[Spike]:
     """Return where to look: output channels that stand out, each at one or several tokens.
 
     A channel is looked at where it peaks, and where each input channel peaks whose largest
@@ -62,13 +62,13 @@ def find_spikes(handle: TrackHandle, locate, config) -> list[Spike]:
     may make their spikes at different tokens.
 
     Args:
-        handle: the finished tracking pass.
+        states: of the finished tracking pass.
         locate: turns a running token index into (sample, position).
         config: ``ScanConfig``; reads ``methods``, ``prominence``, ``top_rows``, ``top_columns``,
             ``outlier_gamma`` and ``threshold``.
     """
     spikes = []
-    for state in handle.states:
+    for state in states:
         projection = state.projection
         for e in range(state.experts):
             outputs = ops.peaks(state.outputs[e].cpu())
@@ -79,9 +79,7 @@ def find_spikes(handle: TrackHandle, locate, config) -> list[Spike]:
             stand_out = prominence(outputs.values)
             limit = config.prominence * float(outputs.values.median())
             for row in _rows(outputs.values, stand_out, state, e, config):
-                products = (
-                    inputs.values * projection.matrix(expert)[row].detach().abs().float().cpu()
-                )
+                products = inputs.values * projection.row(row, expert).abs()
                 top = products.topk(min(config.top_columns, len(products)))
                 tokens = [outputs.tokens[row], *inputs.tokens[top.indices[top.values >= limit]]]
                 for token in dict.fromkeys(int(token) for token in tokens):
@@ -111,17 +109,17 @@ def _rows(values: torch.Tensor, stand_out: torch.Tensor, state, e: int, config) 
     return rows[wanted[rows]].tolist()
 
 
-def find_candidates(handle: TrackHandle, spikes: list[Spike], config) -> list[Candidate]:
+def find_candidates(states: list[ProjectionState], spikes: list[Spike], config) -> list[Candidate]:
     """Name the weights that make the spikes, strongest first, at most ``max_candidates``.
 
     A weight is judged at the token, among those looked at, where its product is largest.
     """
-    states = {state.projection.name: state for state in handle.states}
+    by_name = {state.projection.name: state for state in states}
     best: dict[tuple, Candidate] = {}
     for spike in spikes:
         if spike.x is None:
             continue
-        for candidate in _at(spike, states[spike.projection.name], config):
+        for candidate in _at(spike, by_name[spike.projection.name], config):
             other = best.get(candidate.position)
             if other is None or candidate.product > other.product:
                 best[candidate.position] = candidate

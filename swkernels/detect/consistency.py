@@ -10,6 +10,7 @@ that ever spiked.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from swkernels import ops
 
@@ -28,42 +29,17 @@ class Consistency:
         settling: after 1, 2, 5, 10, 20, 50, ... samples, the size of each tier.
     """
 
-    def __init__(self, config):
-        self.config = config
+    def __init__(self):
         self.counts: Counter[tuple] = Counter()
         self.samples = 0
         self.settling: list[dict] = []
 
-    def add(self, states: list[ProjectionState], sample: int) -> None:
-        """Count the positions that spike in ``sample`` of the last batch."""
-        for state in states:
-            inputs = ops.peaks(state.sample_inputs[sample])
-            outputs = ops.peaks(state.sample_outputs[sample])
-            for e, row, column in self._positions(state, inputs, outputs):
-                projection = state.projection
-                expert = projection.expert if projection.experts is None else e
-                self.counts[(projection.layer, projection.name, expert, row, column)] += 1
+    def add(self, positions: Iterable[tuple]) -> None:
+        """Count the positions that spike in the next sample."""
+        self.counts.update(positions)
         self.samples += 1
         if _is_milestone(self.samples):
             self._settle()
-
-    def _positions(self, state, inputs: ops.Peaks, outputs: ops.Peaks):
-        config = self.config
-        rows_wanted = min(config.top_rows, outputs.values.shape[1])
-        columns_wanted = min(config.top_columns, inputs.values.shape[1])
-        top = prominence(outputs.values).topk(rows_wanted, dim=1)  # [E, rows_wanted]
-        medians = outputs.values.median(1).values
-        for e, r in (top.values >= config.prominence).nonzero().tolist():
-            row = int(top.indices[e, r])
-            weights = state.projection.matrix(e if state.projection.experts else None)[row]
-            products, columns = (inputs.values[e] * weights.detach().abs().float()).topk(
-                columns_wanted
-            )
-            together = inputs.tokens[e, columns] == outputs.tokens[e, row]
-            makes_it = together & (products >= config.share * outputs.values[e, row])
-            by_itself = products >= config.prominence * medians[e]
-            for column in columns[makes_it | by_itself].tolist():
-                yield e, row, column
 
     def _settle(self) -> None:
         tiers = self.tiers()
@@ -101,6 +77,30 @@ class Consistency:
             "tiers": self.tiers(),
             "settling": self.settling,
         }
+
+
+def spiking_positions(
+    state: ProjectionState, sample: int, config
+) -> Iterator[tuple[int, int, int]]:
+    """(expert, row, column) of what spikes in ``sample`` of the last batch of a projection."""
+    inputs, outputs = (
+        ops.peaks(state.sample_inputs[sample]),
+        ops.peaks(state.sample_outputs[sample]),
+    )
+    rows_wanted = min(config.top_rows, outputs.values.shape[1])
+    columns_wanted = min(config.top_columns, inputs.values.shape[1])
+    top = prominence(outputs.values).topk(rows_wanted, dim=1)  # [E, rows_wanted]
+    medians = outputs.values.median(1).values
+    for e, r in (top.values >= config.prominence).nonzero().tolist():
+        row = int(top.indices[e, r])
+        weights = state.projection.row(row, e if state.projection.experts else None)
+        weights = weights.to(inputs.values.device).abs()
+        products, columns = (inputs.values[e] * weights).topk(columns_wanted)
+        together = inputs.tokens[e, columns] == outputs.tokens[e, row]
+        makes_it = together & (products >= config.share * outputs.values[e, row])
+        by_itself = products >= config.prominence * medians[e]
+        for column in columns[makes_it | by_itself].tolist():
+            yield e, row, column
 
 
 def _is_milestone(samples: int) -> bool:

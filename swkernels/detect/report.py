@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from swkernels import __version__
 from swkernels.errors import InvalidInput
+from swkernels.files import write_atomically
 
 SCHEMA = "swkernels.scan/1"
 
@@ -76,20 +75,6 @@ def versions(*packages: str) -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file aside in its own folder and rename it, so that no half file is ever seen."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise
 
 
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

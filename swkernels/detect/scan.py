@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
 
-import torch
 from torch import nn
 
-from swkernels import ops
 from swkernels.errors import InvalidInput
 from swkernels.models import find_down_projections
 
 from . import samples as sampling
-from .candidates import Candidate, find_candidates, find_spikes
-from .consistency import Consistency
-from .criteria import outlier_threshold
-from .evaluate import Evaluator, Measurement
-from .report import SCHEMA, ScanReport, versions
-from .tracking import TrackHandle, track
-from .verify import (
-    CRITICAL_SET,
-    INERT,
-    MILD,
-    PART_OF_SET,
-    SUPER_WEIGHT,
-    Verification,
-    verify,
-)
+from .candidates import find_candidates, find_spikes
+from .document import document
+from .evaluate import Evaluator
+from .peaks import locator, read_peaks
+from .report import ScanReport
+from .verify import verify
 from .witness import witness
 
 METHODS = ("dominance", "outlier", "threshold")
-CANDIDATE = "candidate"  # the verdict of a scan that does not verify
 Progress = Callable[[str, int, int], None]
 
 
@@ -164,25 +150,33 @@ def scan(
         windows = sampling.as_windows(eval_samples, config.eval_length, config.eval_tokens)
     with sampling.evaluating(model):
         runner = sampling.Runner(model)
-        handle, consistency = _peaks(model, runner, tokens, config, report_progress)
-        locate = _locator(tokens)
-        spikes = find_spikes(handle, locate, config)
+        handle, record = read_peaks(model, runner, tokens, config, report_progress)
+        locate = locator(tokens)
+        spikes = find_spikes(handle.states, locate, config)
         report_progress("looking at the spikes", 0, 1)
         projections = [state.projection for state in handle.states]
         witness(lambda sample: runner.body(tokens[sample][None]), projections, spikes)
         report_progress("looking at the spikes", 1, 1)
-        candidates = find_candidates(handle, spikes, config)
+        candidates = find_candidates(handle.states, spikes, config)
         verification = None
         if config.verify and candidates:
             windows = [runner.to_device(window) for window in windows]
             evaluator = Evaluator(runner.logits, windows, projections, config.seed)
             verification = verify(candidates, evaluator, config, report_progress)
-    document = _document(
-        model, tokenizer, tokens, config, handle, locate, candidates, verification, consistency
+    data = document(
+        model,
+        tokenizer,
+        tokens,
+        config,
+        handle.states,
+        locate,
+        candidates,
+        verification,
+        record.consistency(),
     )
-    document["model"].update(name=name or type(model).__name__, fingerprint=fingerprint)
-    document["inputs"]["source"] = source
-    return ScanReport(document)
+    data["model"].update(name=name or type(model).__name__, fingerprint=fingerprint)
+    data["inputs"]["source"] = source
+    return ScanReport(data)
 
 
 def _configured(config: ScanConfig | None, settings: dict) -> ScanConfig:
@@ -193,262 +187,3 @@ def _configured(config: ScanConfig | None, settings: dict) -> ScanConfig:
     if "methods" in settings:
         settings["methods"] = tuple(settings["methods"])
     return ScanConfig(**{**asdict(config or ScanConfig()), **settings})
-
-
-def _peaks(model, runner, tokens, config: ScanConfig, progress: Progress):
-    """Stage 1's pass: one forward of the body a batch, peaks merged, spikes counted."""
-    consistency = Consistency(config)
-    moments = "outlier" in config.methods
-    handle = track(model, per_sample=True, moments=moments, backend=config.backend)
-    with handle:
-        done = 0
-        for batch in _batches(tokens, config.batch_size):
-            runner.body(torch.stack(batch))
-            handle.check_finite()
-            for sample in range(len(batch)):
-                consistency.add(handle.states, sample)
-            done += len(batch)
-            progress("reading peaks", done, len(tokens))
-    return handle, consistency
-
-
-def _batches(tokens: list[torch.Tensor], batch_size: int):
-    batch: list[torch.Tensor] = []
-    for sample in tokens:
-        if batch and (len(batch) == batch_size or len(sample) != len(batch[0])):
-            yield batch
-            batch = []
-        batch.append(sample)
-    yield batch
-
-
-def _locator(tokens: list[torch.Tensor]) -> Callable[[int], tuple[int, int]]:
-    starts = [0]
-    for sample in tokens[:-1]:
-        starts.append(starts[-1] + len(sample))
-
-    def locate(token: int) -> tuple[int, int]:
-        sample = bisect.bisect_right(starts, token) - 1
-        return sample, token - starts[sample]
-
-    return locate
-
-
-def _document(
-    model, tokenizer, tokens, config, handle, locate, candidates, verification, consistency
-) -> dict:
-    def text(sample: int, position: int) -> str | None:
-        if tokenizer is None:
-            return None
-        return tokenizer.decode([int(tokens[sample][position])])
-
-    counts = consistency.counts
-    listed = [
-        _candidate_entry(i, c, verification, counts.get(c.position, 0), text)
-        for i, c in enumerate(candidates)
-    ]
-    sets = _set_entries(verification)
-    parameters = sum(p.numel() for p in model.parameters())
-    first = next(model.parameters())
-    return {
-        "schema": SCHEMA,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions("torch", "transformers", "triton"),
-        "model": {
-            "class": type(model).__name__,
-            "parameters": parameters,
-            "dtype": str(first.dtype).removeprefix("torch."),
-            "device": str(first.device),
-            "layers": len({state.projection.layer for state in handle.states}),
-        },
-        "settings": {**asdict(config), "methods": list(config.methods)},
-        "inputs": {
-            "samples": len(tokens),
-            "tokens": sum(len(sample) for sample in tokens),
-            "length": max(len(sample) for sample in tokens),
-            "special_tokens": config.special_tokens,
-        },
-        "layers": _layer_entries(handle, config, locate, text),
-        "candidates": listed,
-        "sets": sets,
-        "baseline": None
-        if verification is None
-        else {
-            "perplexity": verification.baseline.perplexity,
-            "tokens": sum(verification.baseline.tokens),
-            "windows": verification.baseline.windows,
-            "information": verification.baseline.information,
-        },
-        "null_distribution": None
-        if verification is None
-        else {
-            "draws": len(verification.null.measurements),
-            "ratios": [m.ratio for m in verification.null.measurements],
-            "kls": [m.kl for m in verification.null.measurements],
-            "ratio_max": verification.null.ratio_max,
-            "kl_max": verification.null.kl_max,
-            "matched": verification.null.matched,
-        },
-        "consistency": consistency.to_dict(),
-        "summary": summarize(listed, sets) + _caveat(verification, config),
-    }
-
-
-def _layer_entries(handle: TrackHandle, config: ScanConfig, locate, text) -> list[dict]:
-    entries = []
-    per_site = [state for state in handle.states for _ in range(state.experts)]
-    for state, site in zip(per_site, handle.peaks()):
-        if int(site.outputs.tokens.max()) < 0:
-            continue
-        mean = std = None
-        if state.moments is not None:
-            moments = state.moments[site.expert if state.projection.experts else 0].tolist()
-            mean = outlier_threshold(*moments, 0.0)
-            std = outlier_threshold(*moments, 1.0) - mean
-        entries.append(
-            {
-                "layer": site.layer,
-                "module": site.name,
-                "expert": site.expert,
-                "rows": state.projection.rows,
-                "columns": state.projection.columns,
-                "in_peak": _peak_entry(site.inputs, locate, text),
-                "out_peak": _peak_entry(site.outputs, locate, text),
-                "in_median": float(site.inputs.values.median()),
-                "out_median": float(site.outputs.values.median()),
-                "in_top": _top(site.inputs.values, config.top_rows),
-                "out_top": _top(site.outputs.values, config.top_rows),
-                "mean": mean,
-                "std": std,
-            }
-        )
-    return entries
-
-
-def _peak_entry(peaks: ops.Peaks, locate, text) -> dict:
-    channel = int(peaks.values.argmax())
-    sample, position = locate(int(peaks.tokens[channel]))
-    return {
-        "value": float(peaks.values[channel]),
-        "channel": channel,
-        "sample": sample,
-        "position": position,
-        "text": text(sample, position),
-    }
-
-
-def _top(values: torch.Tensor, count: int) -> list[list]:
-    top = values.topk(min(count, len(values)))
-    return [[int(c), float(v)] for c, v in zip(top.indices, top.values)]
-
-
-def _candidate_entry(
-    i: int, c: Candidate, verification: Verification | None, spikes: int, text
-) -> dict:
-    measured = verification.singles[i] if verification else Measurement()
-    verdict = verification.verdicts[i] if verification else CANDIDATE
-    entry = {
-        "id": i,
-        "layer": c.projection.layer,
-        "row": c.row,
-        "column": c.column,
-        "expert": c.expert,
-        "module": c.projection.name,
-        "weight": c.weight,
-        "in_peak": c.in_peak,
-        "out_peak": c.spike.peak,
-        "sample": c.spike.sample,
-        "position": c.spike.position,
-        "text": text(c.spike.sample, c.spike.position),
-        "share": c.share,
-        "dominance": c.dominance,
-        "signed_share": c.signed_share,
-        "persistence": c.spike.persistence,
-        "prominence": c.spike.prominence,
-        "spikes": spikes,
-        "set": verification.set_of[i] if verification else None,
-        "verdict": verdict,
-        "methods": c.methods,
-        **_measured(measured, verification is not None),
-    }
-    entry["reason"] = _reason(c, entry)
-    return entry
-
-
-def _measured(m: Measurement, measured: bool) -> dict:
-    names = ("perplexity", "ratio", "ratio_low", "ratio_high", "kl", "damage")
-    return {name: getattr(m, name) if measured else None for name in names}
-
-
-def _reason(c: Candidate, entry: dict) -> str:
-    spike = (
-        f"channel {c.row} peaks at {c.spike.prominence:.0f} times its layer's median and this "
-        f"product makes {c.share:.0%} of it"
-    )
-    if c.spike.persistence == 0:
-        spike += "; the residual stream does not carry it on: it cancels what stood there"
-    if entry["ratio"] is None:
-        return f"{spike}; not verified"
-    loss = f"zeroed alone, perplexity x{entry['ratio']:.4g}, damage {entry['damage']:.1%}"
-    return f"{spike}; {loss}: {entry['verdict']}"
-
-
-def _set_entries(verification: Verification | None) -> list[dict]:
-    if verification is None:
-        return []
-    entries = []
-    for i, s in enumerate(verification.sets):
-        entries.append(
-            {
-                "id": i,
-                "members": s.members,
-                **_measured(s.measurement, True),
-                "leave_one_out": [
-                    {"candidate": member, **_measured(m, True)}
-                    for member, m in s.leave_one_out.items()
-                ],
-                "verdict": s.verdict,
-                "reason": f"zeroed together, perplexity x{s.measurement.ratio:.4g}, damage "
-                f"{s.measurement.damage:.1%}: {s.verdict}",
-            }
-        )
-    return entries
-
-
-def summarize(candidates: list[dict], sets: list[dict]) -> str:
-    """Say in a sentence what a scan found."""
-
-    def count(verdict: str) -> int:
-        return sum(c["verdict"] == verdict for c in candidates)
-
-    if not candidates:
-        return "None found: no output channel of a down projection stands out by one weight."
-    if candidates[0]["verdict"] == CANDIDATE:
-        return f"{len(candidates)} candidates, not verified by measurement."
-    critical = [s for s in sets if s["verdict"] == CRITICAL_SET]
-    rest = f"{count(MILD)} mild, {count(INERT)} inert."
-    if not count(SUPER_WEIGHT) and not critical:
-        return f"None found: {len(candidates)} candidates spike, none ruins the model; {rest}"
-    alone = [_name(c) for c in candidates if c["verdict"] == SUPER_WEIGHT]
-    found = [f"{len(alone)} super weight{'s' * (len(alone) != 1)}: {', '.join(alone)}"] * bool(
-        alone
-    )
-    for s in critical:
-        members = ", ".join(_name(candidates[i]) for i in s["members"])
-        found.append(f"critical set {{{members}}}, jointly x{s['ratio']:.4g}")
-    part = count(PART_OF_SET)
-    return f"{'; '.join(found)}; {part} more part of a critical set, {rest}"
-
-
-def _caveat(verification: Verification | None, config: ScanConfig) -> str:
-    if verification is None or verification.baseline.information >= config.min_information:
-        return ""
-    return (
-        f" The intact model's predictions carry only {verification.baseline.information:.2g} "
-        "nats about this text, so verdicts rest on how much they change, not on perplexity."
-    )
-
-
-def _name(c: dict) -> str:
-    expert = "" if c["expert"] is None else f" expert {c['expert']}"
-    return f"layer {c['layer']}{expert} [{c['row']}, {c['column']}]"

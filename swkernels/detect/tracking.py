@@ -86,6 +86,20 @@ class ProjectionState:
             torch.zeros(self.experts, 3, dtype=torch.float64, device=device) if moments else None
         )
 
+    def peaks(self) -> list[SitePeaks]:
+        """The peaks so far, one entry an expert, or one in all where there are none."""
+        projection = self.projection
+        return [
+            SitePeaks(
+                projection.layer,
+                projection.name,
+                projection.expert if projection.experts is None else e,
+                ops.peaks(self.inputs[e]),
+                ops.peaks(self.outputs[e]),
+            )
+            for e in range(self.experts)
+        ]
+
     def _zeros(self, channels: int, *leading: int) -> torch.Tensor:
         return torch.zeros(*leading, self.experts, channels, dtype=torch.int64, device=self.device)
 
@@ -160,17 +174,7 @@ class TrackHandle:
 
     def peaks(self) -> list[SitePeaks]:
         """Return the peaks so far, one entry a projection (an expert, where there are experts)."""
-        return [
-            SitePeaks(
-                state.projection.layer,
-                state.projection.name,
-                _expert(state, e),
-                ops.peaks(state.inputs[e]),
-                ops.peaks(state.outputs[e]),
-            )
-            for state in self._states
-            for e in range(state.experts)
-        ]
+        return [site for state in self._states for site in state.peaks()]
 
     def check_finite(self) -> None:
         """Raise NonFiniteActivation if NaN or infinity has passed, naming where it came first."""
@@ -291,10 +295,6 @@ def track(
         ]
     report = TrackReport(replaced, skipped, tuple(taken), tuple(left))
     return TrackHandle(report, patches, list(stacks.values()))
-
-
-def _expert(state: ProjectionState, e: int) -> int | None:
-    return state.projection.expert if state.projection.experts is None else e
 
 
 def _gated_mlp_around(

@@ -49,7 +49,7 @@ class Spike:
 
     def weights(self) -> torch.Tensor:
         """The row of the weight that makes this output: [H] on the CPU."""
-        return self.projection.matrix(self.expert)[self.row].detach().float().cpu()
+        return self.projection.row(self.row, self.expert)
 
     @property
     def persistence(self) -> float:

@@ -12,7 +12,7 @@ from swkernels import __version__
 from swkernels.detect.loading import fingerprint
 from swkernels.detect.report import encode
 from swkernels.errors import InvalidInput
-from swkernels.train.files import write_atomically
+from swkernels.files import write_atomically
 
 from .ranking import Ranking
 

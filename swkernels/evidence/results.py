@@ -8,8 +8,8 @@ from pathlib import Path
 
 from swkernels.detect.report import encode
 from swkernels.errors import InvalidInput
+from swkernels.files import write_atomically
 from swkernels.train.figure import render
-from swkernels.train.files import write_atomically
 
 _FIGURES = (".png", ".svg", ".pdf")
 

@@ -125,6 +125,14 @@ class DownProjection:
             )
         return self.view(weight, expert)
 
+    def row(self, row: int, expert: int | None = None) -> torch.Tensor:
+        """Return a copy of one row of the matrix: float32 [columns] on the CPU.
+
+        Raises:
+            InvalidInput: as ``matrix`` does.
+        """
+        return self.matrix(expert)[row].detach().float().cpu()
+
     def view(self, weight: torch.Tensor, expert: int | None = None) -> torch.Tensor:
         """Return a tensor of the weight's shape, such as its gradient, as a view [rows, columns].
 

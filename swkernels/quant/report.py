@@ -13,8 +13,8 @@ import torch
 from swkernels.backends.blocks import to_blocks
 from swkernels.backends.plan import Plan
 from swkernels.errors import InvalidInput
+from swkernels.files import read_json, write_atomically
 from swkernels.ops.quantized import QuantizedTensor
-from swkernels.train.files import read_json, write_atomically
 
 from .config import QuantConfig
 

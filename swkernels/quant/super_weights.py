@@ -11,8 +11,8 @@ from torch import nn
 from swkernels.detect.report import SCHEMA as REPORT
 from swkernels.detect.report import ScanReport
 from swkernels.errors import InvalidInput
+from swkernels.files import read_json
 from swkernels.train.coordinates import Coordinates
-from swkernels.train.files import read_json
 from swkernels.train.sites import find_targets
 
 # By the parameter that holds a weight and the expert of a stack: int32 [k, 2].

@@ -12,9 +12,9 @@ from torch import nn
 
 from swkernels import ops
 from swkernels.errors import InvalidInput
+from swkernels.files import read_json
 
 from .coordinates import Coordinates
-from .files import read_json
 from .weights import Site
 
 _WRAPPED = "base_model.model."  # before the names of a model that PEFT has wrapped

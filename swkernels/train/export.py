@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from swkernels.errors import InvalidInput
+from swkernels.files import in_folder
 
-from .files import in_folder
 from .sparse import SparseHandle, whole
 from .weights import Site
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from swkernels.errors import InvalidInput
+from swkernels.files import write_atomically
 
 from .data import Example, collate, predictions
-from .files import write_atomically
 from .fingerprint import fingerprint
 from .sparse import SparseHandle
 

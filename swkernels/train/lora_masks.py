@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from swkernels.errors import InvalidInput
+from swkernels.files import read_json
 from swkernels.models.structure import features
 
 from .coordinates import Coordinates
-from .files import read_json
 from .weights import as_site, block_of, nearest
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

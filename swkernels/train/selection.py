@@ -11,8 +11,8 @@ from torch import nn
 
 from swkernels import ops
 from swkernels.errors import InvalidInput
+from swkernels.files import read_json
 
-from .files import read_json
 from .weights import Site, Weight, down_projection_weights, find_weights
 
 _REPORT = "swkernels.scan/1"  # docs/report.md

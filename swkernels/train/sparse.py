@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from swkernels.errors import InvalidInput
+from swkernels.files import write_atomically
 from swkernels.nn import SparseDelta
 
 from .coordinates import Coordinates, Site
 from .experts import CHILD
-from .files import write_atomically
 from .fingerprint import fingerprint
 from .merging import Merged, check_merge, merge
 from .sites import Target, find_targets

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 
 from swkernels.errors import InvalidInput
+from swkernels.files import write_atomically
 
 from .figure import LINE, MARK, MUTED, log_where_wide, render
-from .files import write_atomically
 
 _FORMATS = {".png", ".svg", ".pdf"}
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-if __name__ == "__main__":  # a worker, see ``run``
+if __name__ == "__main__":  # a rank
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from swkernels.train import Coordinates, sparse
 from swkernels.train.sparse import whole
 from tests.models.tiny import tiny_model, token_ids
+from tests.processes import run_ranks
 
 STEPS = 3
 MODES = ("ddp", "fsdp")
@@ -64,28 +63,10 @@ def worker(mode: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def run(mode: str, folder: Path) -> None:
-    port = str(20000 + os.getpid() % 20000)
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, __file__, mode, str(folder)]
-    workers = [
-        subprocess.Popen(command, env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    try:
-        for process in workers:
-            _, error = process.communicate(timeout=120)
-            assert process.returncode == 0, error.decode()[-2000:]
-    finally:
-        for process in workers:
-            process.kill()
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_end_as_one(mode, tmp_path):
-    run(mode, tmp_path)
+    run_ranks(__file__, mode, str(tmp_path))
     model, handle = adapted()
     train(model, handle.parameters(), token_ids(4, 16))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]

@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig
 
 from swkernels.errors import InvalidInput
+from swkernels.files import read_json, write_atomically
 from swkernels.ops.lora_mask import check_scale
 from swkernels.train.coordinates import Coordinates
-from swkernels.train.files import read_json, write_atomically
 from swkernels.train.lora_masks import LayerCoordinates
 
 from ..registry import peft_type

@@ -1,0 +1,133 @@
+"""Stage 1's pass: the peaks of every projection over the samples, and what counts samples.
+
+What is learnt lies in a form in which order does not matter: keys merge by maximum and name the
+first of equal tokens; what a sample or a batch adds is kept by its number and put together in that
+order at the end. So samples may run in any order, in several processes, and be continued later.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from .consistency import Consistency, spiking_positions
+from .tracking import ProjectionState, TrackHandle, track
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one length that run together.
+
+    Attributes:
+        first: the number of its first sample.
+        token: the running index of its first token, over all samples.
+        ids: int64 [B, S].
+    """
+
+    first: int
+    token: int
+    ids: torch.Tensor
+
+    @property
+    def samples(self) -> range:
+        return range(self.first, self.first + len(self.ids))
+
+
+@dataclass
+class PeakRecord:
+    """What the pass has learnt.
+
+    Attributes:
+        states: the running keys of every projection, in forward order.
+        config: the ``ScanConfig``.
+        spiking: by sample, the positions that spike in it: (index of the state, expert, row,
+            column).
+        moments: by first sample of a batch, float64 [E, 3] of every state that has moments.
+    """
+
+    states: list[ProjectionState]
+    config: object
+    spiking: dict[int, list[tuple[int, int, int, int]]] = field(default_factory=dict)
+    moments: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
+
+    def add(self, batch: Batch, sites: list[int] | None = None) -> None:
+        """Take over what ``batch`` has left in the states ``sites`` (all of them) before the next.
+
+        Args:
+            batch: what has just run.
+            sites: indices into ``states``; a streamed layer has its own only.
+        """
+        for site in range(len(self.states)) if sites is None else sites:
+            state = self.states[site]
+            for i, sample in enumerate(batch.samples):
+                here = self.spiking.setdefault(sample, [])
+                here += [(site, *at) for at in spiking_positions(state, i, self.config)]
+            if state.moments is not None:
+                of_batch = self.moments.setdefault(batch.first, {})
+                of_batch[site] = state.moments.cpu().clone()
+                state.moments.zero_()
+
+    def finish(self) -> None:
+        """Put the moments of all batches together, in their order, into the states."""
+        for _, of_batch in sorted(self.moments.items()):
+            for site, moments in of_batch.items():
+                state = self.states[site]
+                state.moments += moments.to(state.moments.device)
+
+    def consistency(self) -> Consistency:
+        """In how many samples each position spikes."""
+        counted = Consistency()
+        for _, positions in sorted(self.spiking.items()):
+            counted.add(_named(self.states[site], *at) for site, *at in positions)
+        return counted
+
+
+def read_peaks(model, runner, tokens, config, progress) -> tuple[TrackHandle, PeakRecord]:
+    """One forward of the body a batch, peaks merged, spikes counted."""
+    moments = "outlier" in config.methods
+    handle = track(model, per_sample=True, moments=moments, backend=config.backend)
+    record = PeakRecord(handle.states, config)
+    with handle:
+        for batch in batches(tokens, config.batch_size):
+            handle.label_next_token(batch.token)
+            runner.body(batch.ids)
+            handle.check_finite()
+            record.add(batch)
+            progress("reading peaks", batch.samples.stop, len(tokens))
+    record.finish()
+    return handle, record
+
+
+def batches(tokens: list[torch.Tensor], batch_size: int) -> list[Batch]:
+    """Cut samples into batches of neighbours of one length, at most ``batch_size`` each."""
+    found: list[Batch] = []
+    first = token = 0
+    while first < len(tokens):
+        length, last = len(tokens[first]), first + 1
+        while last < min(len(tokens), first + batch_size) and len(tokens[last]) == length:
+            last += 1
+        found.append(Batch(first, token, torch.stack(tokens[first:last])))
+        first, token = last, token + (last - first) * length
+    return found
+
+
+def locator(tokens: list[torch.Tensor]) -> Callable[[int], tuple[int, int]]:
+    """A function from the running index of a token to (sample, position in it)."""
+    starts = [0]
+    for sample in tokens[:-1]:
+        starts.append(starts[-1] + len(sample))
+
+    def locate(token: int) -> tuple[int, int]:
+        sample = bisect.bisect_right(starts, token) - 1
+        return sample, token - starts[sample]
+
+    return locate
+
+
+def _named(state: ProjectionState, e: int, row: int, column: int) -> tuple:
+    projection = state.projection
+    expert = projection.expert if projection.experts is None else e
+    return projection.layer, projection.name, expert, row, column
