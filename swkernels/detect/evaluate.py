@@ -67,6 +67,23 @@ def _put_back_last(saved: list[tuple[Place, torch.Tensor]]) -> None:
     saved.pop()
 
 
+Key = tuple[tuple[str, int, int, int], ...]  # of a set: (name, expert or -1, row, column)
+INTACT: Key = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One window with one set zeroed.
+
+    Attributes:
+        losses: mean next-token loss of each block of ``BLOCK`` tokens, in nats.
+        kl: mean KL divergence from the intact model; of the intact model its ``information``.
+    """
+
+    losses: list[float]
+    kl: float
+
+
 @dataclass
 class Baseline:
     """The intact model on the evaluation text.
@@ -124,6 +141,10 @@ class Evaluator:
         projections: all down projections of the model, in forward order; with them, what comes
             before the first zeroed weight is not run again (see ``replay``).
         seed: of the bootstrap.
+
+    Attributes:
+        cells: what was measured, by window and set. Cells are independent of each other, so they
+            may be filled elsewhere, in any order, and kept.
     """
 
     def __init__(
@@ -143,6 +164,7 @@ class Evaluator:
         self._depths = {name: i for i, name in enumerate(blocks)} if one_stack else {}
         self._blocks = list(blocks.values())
         self._replays: bool | None = None
+        self.cells: dict[tuple[int, Key], Cell] = {}
         self.baseline: Baseline | None = None
 
     @torch.no_grad()
@@ -150,34 +172,35 @@ class Evaluator:
         self, sets: list[list[Coordinate]], progress: Callable[[int, int], None] | None = None
     ) -> list[Measurement]:
         """Zero each set in turn on every window; also fills ``baseline``."""
-        results = [Measurement() for _ in sets]
-        losses, information = [], []
+        self._fill(sets, progress or (lambda done, total: None))
+        self.baseline = self._baseline()
+        return [self._summary(key_of(coordinates)) for coordinates in sets]
+
+    def _fill(self, sets: list[list[Coordinate]], progress: Callable[[int, int], None]) -> None:
+        """Measure the cells that are not known yet."""
         total, done = len(self.windows) * (len(sets) + 1), 0
+        for number, window in enumerate(self.windows):
+            wanted = [s for s in sets if (number, key_of(s)) not in self.cells]
+            done += len(sets) - len(wanted)
+            if wanted or (number, INTACT) not in self.cells:
+                self._fill_window(number, window, wanted, lambda n: progress(done + n, total))  # noqa: B023
+            done += len(wanted) + 1
+            progress(done, total)
+
+    def _fill_window(self, number: int, window, sets, progress: Callable[[int], None]) -> None:
         depths = [self._depth(coordinates) for coordinates in sets]
-        for window in self.windows:
-            replay = Replay(self._blocks, depths)
-            with replay.recording():
-                intact = self._log_probabilities(window)
-            if not self._may_replay(replay, window, intact):
-                depths = [0] * len(sets)
-            targets = window[0, 1:].to(intact.device)
-            losses += _losses(intact, targets)
-            information.append(_information(intact))
-            done += 1
-            for result, coordinates, depth in zip(results, sets, depths):
-                with zeroed(coordinates), replay.starting_at(depth):
-                    changed_losses, kl = _compare(intact, self._logits(window), targets)
-                result.losses += changed_losses
-                result.kls.append(kl)
-                done += 1
-                if progress:
-                    progress(done, total)
-        sizes = [window.numel() - 1 for window in self.windows]
-        tokens = [min(BLOCK, size - at) for size in sizes for at in range(0, size, BLOCK)]
-        self.baseline = Baseline(losses, tokens, len(sizes), _mean(information, sizes))
-        for result in results:
-            self._summarize(result)
-        return results
+        replay = Replay(self._blocks, depths)
+        with replay.recording():
+            intact = self._log_probabilities(window)
+        if not self._may_replay(replay, window, intact):
+            depths = [0] * len(sets)
+        targets = window[0, 1:].to(intact.device)
+        self.cells[number, INTACT] = Cell(_losses(intact, targets), _information(intact))
+        for done, (coordinates, depth) in enumerate(zip(sets, depths)):
+            progress(done + 1)
+            with zeroed(coordinates), replay.starting_at(depth):
+                cell = Cell(*_compare(intact, self._logits(window), targets))
+            self.cells[number, key_of(coordinates)] = cell
 
     def _depth(self, coordinates: list[Coordinate]) -> int:
         """The first block that the zeroed weights touch."""
@@ -196,14 +219,34 @@ class Evaluator:
     def _logits(self, window: torch.Tensor) -> torch.Tensor:
         return self.logits(window)[0, :-1].float()  # [S - 1, V]
 
-    def _summarize(self, result: Measurement) -> None:
+    def _baseline(self) -> Baseline:
+        sizes = [window.numel() - 1 for window in self.windows]
+        tokens = [min(BLOCK, size - at) for size in sizes for at in range(0, size, BLOCK)]
+        losses, information = self._row(INTACT)
+        return Baseline(losses, tokens, len(sizes), _mean(information, sizes))
+
+    def _row(self, key: Key) -> tuple[list[float], list[float]]:
+        """The losses of all blocks and the second numbers of all windows of one set."""
+        cells = [self.cells[number, key] for number in range(len(self.windows))]
+        return [loss for cell in cells for loss in cell.losses], [cell.kl for cell in cells]
+
+    def _summary(self, key: Key) -> Measurement:
         base, tokens = self.baseline.losses, self.baseline.tokens
+        result = Measurement(*self._row(key))
         result.perplexity = exp(_mean(result.losses, tokens))
         differences = [a - b for a, b in zip(result.losses, base)]
         result.ratio = exp(_mean(differences, tokens))
         result.ratio_low, result.ratio_high = _bootstrap(differences, tokens, self.seed)
         result.kl = _mean(result.kls, [window.numel() - 1 for window in self.windows])
         result.damage = result.kl / self.baseline.information if result.kl else 0.0
+        return result
+
+
+def key_of(coordinates: list[Coordinate]) -> Key:
+    """What a set of coordinates is called in ``Evaluator.cells``."""
+    return tuple(
+        sorted((p.name, -1 if e is None else e, row, column) for p, e, row, column in coordinates)
+    )
 
 
 def _mean(values: list[float], weights: list[int]) -> float:
