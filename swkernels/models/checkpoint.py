@@ -15,7 +15,7 @@ from swkernels.errors import InvalidInput
 INDEX = "model.safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 # What a safetensors header calls the types that hold one value an element.
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -81,7 +81,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def dtype(self, name: str) -> torch.dtype | None:
         """From the header alone; None for a type that packs several values into an element."""
-        return _DTYPES.get(self._headers[name]["dtype"])
+        return DTYPES.get(self._headers[name]["dtype"])
 
     def read(self, name: str, index=...) -> torch.Tensor:
         """The tensor, or a part of it as ``index`` says: then only that part is read."""
