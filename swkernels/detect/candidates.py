@@ -132,7 +132,7 @@ def _at(spike: Spike, state: ProjectionState, config) -> Iterator[Candidate]:
     e = spike.expert if state.projection.experts is not None else 0
     in_peaks = ops.peaks(state.inputs[e].cpu()).values
     out_peaks = ops.peaks(state.outputs[e].cpu()).values
-    weights = spike.weights()
+    weights = spike.w
     parts = dominance(spike.x, weights)
     outlier = None
     if state.moments is not None:

@@ -8,7 +8,7 @@ order at the end. So samples may run in any order, in several processes, and be 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -70,12 +70,18 @@ class PeakRecord:
                 of_batch[site] = state.moments.cpu().clone()
                 state.moments.zero_()
 
-    def finish(self) -> None:
-        """Put the moments of all batches together, in their order, into the states."""
+    def finish(self, sites: Iterable[int] | None = None) -> None:
+        """Put the moments of all batches together, in their order, into the states.
+
+        Args:
+            sites: the states that are complete: all of them, or a streamed layer's.
+        """
+        wanted = set(range(len(self.states)) if sites is None else sites)
         for _, of_batch in sorted(self.moments.items()):
             for site, moments in of_batch.items():
-                state = self.states[site]
-                state.moments += moments.to(state.moments.device)
+                if site in wanted:
+                    state = self.states[site]
+                    state.moments += moments.to(state.moments.device)
 
     def consistency(self) -> Consistency:
         """In how many samples each position spikes."""

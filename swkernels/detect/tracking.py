@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -134,6 +136,8 @@ class _Stack:
             compiled graph does not depend on its value.
         index: int64 [B * S], the running index of each token of this forward, -1 for padding.
         positions: int64 [B, S], the position of each token in its sample, -1 for padding.
+        interleaved: several forwards are under way; see ``TrackHandle.interleave``.
+        watching: whether what passes counts.
     """
 
     module: nn.Module
@@ -141,6 +145,8 @@ class _Stack:
     offset: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     index: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    interleaved: bool = False
+    watching: bool = True
 
     def number_tokens(self, batch: int, length: int, mask: torch.Tensor | None, device) -> None:
         if mask is None:
@@ -176,9 +182,13 @@ class TrackHandle:
         """Return the peaks so far, one entry a projection (an expert, where there are experts)."""
         return [site for state in self._states for site in state.peaks()]
 
-    def check_finite(self) -> None:
-        """Raise NonFiniteActivation if NaN or infinity has passed, naming where it came first."""
-        for state in self._states:
+    def check_finite(self, states: list[ProjectionState] | None = None) -> None:
+        """Raise NonFiniteActivation if NaN or infinity has passed, naming where it came first.
+
+        Args:
+            states: which to look at; all of them by default.
+        """
+        for state in self._states if states is None else states:
             for side, keys in (("input", state.inputs), ("output", state.outputs)):
                 if int(keys.max()) >= ops.INFINITY_KEY:
                     expert, channel = divmod(int(keys.argmax()), keys.shape[1])
@@ -189,6 +199,36 @@ class TrackHandle:
                         f"{state.projection.layer}{where}), channel {channel}, token "
                         f"{int(token)}: try a wider dtype, or check the weights of that layer"
                     )
+
+    def interleave(self) -> None:
+        """Let several forwards run side by side, a block of one after a block of another.
+
+        The caller then gives each forward its ``numbering`` back before it goes on, and calls
+        ``begin`` of a block's states before the block runs.
+        """
+        for stack in self._stacks:
+            stack.interleaved = True
+
+    @property
+    def numbering(self) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """Which tokens the forward under way has, for each list of blocks."""
+        return [(stack.index, stack.positions) for stack in self._stacks]
+
+    @numbering.setter
+    def numbering(self, numbering: list[tuple[torch.Tensor | None, torch.Tensor | None]]) -> None:
+        for stack, (index, positions) in zip(self._stacks, numbering):
+            stack.index, stack.positions = index, positions
+
+    @contextmanager
+    def not_watching(self) -> Iterator[None]:
+        """A context in which what runs does not count."""
+        for stack in self._stacks:
+            stack.watching = False
+        try:
+            yield
+        finally:
+            for stack in self._stacks:
+                stack.watching = True
 
     def label_next_token(self, token: int) -> None:
         """Give the first token of the next forward the index ``token``.
@@ -344,7 +384,7 @@ def _wrap_stack(stack: _Stack, per_sample: bool, original):
             else:
                 mask = mask[:, -length:]
             stack.number_tokens(batch, length, mask, tokens.device)
-            if per_sample:
+            if per_sample and not stack.interleaved:
                 for state in stack.states:
                     state.begin(batch)
         return original(*args, **kwargs)
@@ -381,7 +421,7 @@ class _Observer:
         @functools.wraps(original)
         def forward(*args, **kwargs):
             y = original(*args, **kwargs)
-            if not _recomputing():
+            if self.stack.watching and not _recomputing():
                 x = args[0] if args else next(iter(kwargs.values()))
                 self.observe(0, x, y, None)
             return y
@@ -454,7 +494,7 @@ def _wrap_experts(observers: list[_Observer], original):
 
     @functools.wraps(original)
     def forward(*args, **kwargs):
-        if _recomputing():
+        if _recomputing() or not observers[0].stack.watching:
             return original(*args, **kwargs)
         hidden = args[0] if args else next(iter(kwargs.values()))
         tokens = hidden.numel() // hidden.shape[-1]

@@ -8,6 +8,8 @@ number), so its memory grows with the number of spikes and not with tokens.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -28,8 +30,10 @@ class Spike:
         sample, position: which token; ``position`` counts tokens that are not padding.
         peak: |Y[i, j]|; prominence: peak over the median channel peak of its layer.
         x: float32 [H] on the CPU, the input at that token (filled by ``witness``).
+        w: float32 [H] on the CPU, the row of the weight that makes this output (the same).
         residual: the value of channel ``row`` after the spike's own block and each later block
             (filled by ``witness``; empty where the block's output is not [.., D] wide).
+        offset: rows before its sample in what runs together with it.
     """
 
     projection: DownProjection
@@ -40,16 +44,19 @@ class Spike:
     peak: float
     prominence: float
     x: torch.Tensor | None = None
+    w: torch.Tensor | None = None
     residual: list[float] = field(default_factory=list)
+    offset: int = 0
 
     @property
     def y(self) -> float:
         """The sum of the products of the matrix row and x: Y[i, j] without the bias."""
-        return float(self.x.double() @ self.weights().double())
+        return float(self.x.double() @ self.w.double())
 
-    def weights(self) -> torch.Tensor:
-        """The row of the weight that makes this output: [H] on the CPU."""
-        return self.projection.row(self.row, self.expert)
+    @property
+    def at(self) -> int:
+        """The row of its token in what runs together."""
+        return self.offset + self.position
 
     @property
     def persistence(self) -> float:
@@ -86,22 +93,42 @@ def witness(run, projections: list[DownProjection], spikes: list[Spike]) -> None
     for spike in spikes:
         by_sample[spike.sample].append(spike)
     for sample, wanted in sorted(by_sample.items()):
-        patches = Patches("witness")
-        try:
-            for module, here in _by_module(wanted).items():
-                wrap = _reader if here[0].projection.scope is None else _expert_reader
-                patches.forward(module, wrap(here))
+        with reading(wanted) as patches:
             for name, block in blocks.items():
                 after = [s for s in wanted if order[s.projection.block_name] <= order[name]]
-                after = [s for s in after if _same_stack(s.projection.block_name, name)]
+                after = [s for s in after if same_stack(s.projection.block_name, name)]
                 if after:
                     patches.forward(block, _residual_reader(after))
             run(sample)
-        finally:
-            patches.undo()
 
 
-def _same_stack(a: str, b: str) -> bool:
+@contextmanager
+def reading(spikes: list[Spike]) -> Iterator[Patches]:
+    """A context in which a run of the spikes' projections fills ``x`` and ``w``.
+
+    Yields the patches, to which more can be added.
+    """
+    patches = Patches("witness")
+    try:
+        for module, here in _by_module(spikes).items():
+            wrap = _reader if here[0].projection.scope is None else _expert_reader
+            patches.forward(module, wrap(here))
+        yield patches
+    finally:
+        patches.undo()
+
+
+def read_residual(spikes: list[Spike], output) -> None:
+    """Add to each spike's ``residual`` what its channel is in the output of a block."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    flat = hidden.detach().reshape(-1, hidden.shape[-1])
+    for spike in spikes:
+        if spike.row < flat.shape[1] and spike.at < flat.shape[0]:
+            spike.residual.append(float(flat[spike.at, spike.row]))
+
+
+def same_stack(a: str, b: str) -> bool:
+    """Whether two blocks, by their names, lie in one list."""
     return a.rpartition(".")[0] == b.rpartition(".")[0]
 
 
@@ -118,6 +145,7 @@ def _read(spikes: list[Spike], x: torch.Tensor, rows: torch.Tensor | None) -> No
         at = _row_of(spike, flat, rows)
         if at is not None:
             spike.x = flat[at].float().cpu()
+            spike.w = spike.projection.row(spike.row, spike.expert)
 
 
 def _reader(spikes: list[Spike]):
@@ -155,8 +183,8 @@ def _expert_reader(spikes: list[Spike]):
 def _row_of(spike: Spike, flat: torch.Tensor, rows: torch.Tensor | None) -> int | None:
     """The row of ``flat`` [T, H] that is the spike's token, or None if it is not among them."""
     if rows is None:
-        return spike.position if spike.position < flat.shape[0] else None
-    found = (rows == spike.position).nonzero()
+        return spike.at if spike.at < flat.shape[0] else None
+    found = (rows == spike.at).nonzero()
     return int(found[0]) if len(found) else None
 
 
@@ -164,11 +192,7 @@ def _residual_reader(spikes: list[Spike]):
     def wrap(original):
         def forward(*args, **kwargs):
             output = original(*args, **kwargs)
-            hidden = output[0] if isinstance(output, tuple) else output
-            flat = hidden.detach().reshape(-1, hidden.shape[-1])
-            for spike in spikes:
-                if spike.row < flat.shape[1] and spike.position < flat.shape[0]:
-                    spike.residual.append(float(flat[spike.position, spike.row]))
+            read_residual(spikes, output)
             return output
 
         return forward
