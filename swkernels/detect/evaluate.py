@@ -176,6 +176,9 @@ class Evaluator:
         self.baseline = self._baseline()
         return [self._summary(key_of(coordinates)) for coordinates in sets]
 
+    def ready(self, projection: DownProjection) -> None:
+        """Have the weight of ``projection`` in memory: it is."""
+
     def _fill(self, sets: list[list[Coordinate]], progress: Callable[[int, int], None]) -> None:
         """Measure the cells that are not known yet."""
         total, done = len(self.windows) * (len(sets) + 1), 0

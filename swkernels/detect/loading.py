@@ -50,7 +50,7 @@ def load_model(
     check_dtype(dtype)
     where, options = source_of(name_or_path)
     options["trust_remote_code"] = trust_remote_code
-    with quiet(), _one_line_errors(str(name_or_path)):
+    with quiet(), one_line_errors(str(name_or_path)):
         from transformers import (
             AutoConfig,
             AutoModelForCausalLM,
@@ -233,7 +233,7 @@ def _check_directory(path: Path) -> None:
 
 
 @contextmanager
-def _one_line_errors(name: str) -> Iterator[None]:
+def one_line_errors(name: str) -> Iterator[None]:
     """Turn what transformers raises for a bad checkpoint, in many kinds, into one line."""
     try:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
+import torch
 from torch import nn
 
 from swkernels.errors import InvalidInput
@@ -128,26 +129,10 @@ def scan(
         InvalidInput: a text, ids or a setting that cannot be used.
         NonFiniteActivation: NaN or infinity in an activation, with layer, channel and token.
     """
-    config = _configured(config, settings)
+    config = configured(config, settings)
     report_progress = progress or (lambda stage, done, total: None)
     find_down_projections(model)  # a model without any is refused before a text is read
-    tokens, source = sampling.as_samples(
-        inputs, tokenizer, config.samples, config.length, config.special_tokens, source
-    )
-    sampling.check_vocabulary(model, tokens)
-    if eval_inputs is None:
-        windows = sampling.as_windows(tokens, config.eval_length, config.eval_tokens)
-    else:
-        eval_samples, _ = sampling.as_samples(
-            eval_inputs,
-            tokenizer,
-            -(-config.eval_tokens // config.eval_length),
-            config.eval_length,
-            config.special_tokens,
-            None,
-        )
-        sampling.check_vocabulary(model, eval_samples)
-        windows = sampling.as_windows(eval_samples, config.eval_length, config.eval_tokens)
+    tokens, windows, source = prepared(model, inputs, eval_inputs, tokenizer, config, source)
     with sampling.evaluating(model):
         runner = sampling.Runner(model)
         handle, record = read_peaks(model, runner, tokens, config, report_progress)
@@ -179,7 +164,32 @@ def scan(
     return ScanReport(data)
 
 
-def _configured(config: ScanConfig | None, settings: dict) -> ScanConfig:
+def prepared(
+    model: nn.Module, inputs, eval_inputs, tokenizer, config: ScanConfig, source: str | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor], str]:
+    """The samples [S_i], the windows [1, S] to verify on, and what the text is called."""
+    tokens, source = sampling.as_samples(
+        inputs, tokenizer, config.samples, config.length, config.special_tokens, source
+    )
+    sampling.check_vocabulary(model, tokens)
+    if eval_inputs is None:
+        windows = sampling.as_windows(tokens, config.eval_length, config.eval_tokens)
+    else:
+        eval_samples, _ = sampling.as_samples(
+            eval_inputs,
+            tokenizer,
+            -(-config.eval_tokens // config.eval_length),
+            config.eval_length,
+            config.special_tokens,
+            None,
+        )
+        sampling.check_vocabulary(model, eval_samples)
+        windows = sampling.as_windows(eval_samples, config.eval_length, config.eval_tokens)
+    return tokens, windows, source
+
+
+def configured(config: ScanConfig | None, settings: dict) -> ScanConfig:
+    """``config``, or the defaults, with ``settings`` in place of its fields."""
     known = {field.name for field in fields(ScanConfig)}
     unknown = sorted(set(settings) - known)
     if unknown:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from swkernels.models import DownProjection
+
 from .candidates import Candidate
 from .evaluate import Baseline, Coordinate, Evaluator, Measurement
 
@@ -109,7 +111,9 @@ def verify(
 ) -> Verification:
     """Measure every candidate alone, the groups jointly and but one, and judge them all."""
     coordinates = [_coordinate(c) for c in candidates]
-    null_coordinates, matched = draw_null(candidates, config.null_draws, config.seed)
+    null_coordinates, matched = draw_null(
+        candidates, config.null_draws, config.seed, evaluator.ready
+    )
     components = same_matrix_groups(candidates)
     groups = [group for component in components for group in _subgroups(candidates, component)]
 
@@ -144,17 +148,21 @@ def verify(
     return Verification(singles, verdicts, set_of, sets, judge.null, evaluator.baseline)
 
 
-def draw_null(candidates: list[Candidate], draws: int, seed: int) -> tuple[list[Coordinate], float]:
+def draw_null(
+    candidates: list[Candidate], draws: int, seed: int, ready: Callable[[DownProjection], None]
+) -> tuple[list[Coordinate], float]:
     """Draw random weights, each of about the magnitude of a candidate and from its matrix.
 
     One of the 100 weights nearest in magnitude, candidates left out, at random; candidates take
-    turns. Returns the coordinates and how well the magnitudes match (see ``Null.matched``).
+    turns. ``ready`` is called before a projection's weight is read. Returns the coordinates and how
+    well the magnitudes match (see ``Null.matched``).
     """
     generator = torch.Generator().manual_seed(seed)
     chosen: list[Coordinate] = []
     matches = []
     for draw in range(draws if candidates else 0):
         candidate = candidates[draw % len(candidates)]
+        ready(candidate.projection)
         matrix = candidate.projection.matrix(candidate.expert).detach()
         distance = (matrix.abs().float() - abs(candidate.weight)).abs()
         for other in candidates:

@@ -52,7 +52,10 @@ class PartStream:
     def __init__(self, model: nn.Module, places: dict[str, Place], device: torch.device, dtype):
         self.model = model
         self.device = device
-        self.parts = parts_of(model)
+        self.parts, head = parts_of(model)
+        names = list(self.parts)
+        self._order = {name: i for i, name in enumerate(names)}
+        self._following = {a: b for a, b in zip(names, names[1:]) if b != head}
         self.bytes_read = 0
         self._places = places
         self._converter = Converter(model, device, dtype)
@@ -71,12 +74,10 @@ class PartStream:
                 )
         self._converter.fill("", self._read(""))
 
-    def use(self, part: str, following: str | None = None) -> None:
+    def use(self, part: str) -> None:
         """Put the weights of ``part`` in their places and those of the part before away.
 
-        Args:
-            part: one of ``parts``.
-            following: the part that will probably come next: it is read meanwhile.
+        The block that comes next in their order is read meanwhile.
 
         Raises:
             InvalidInput: a weight is missing, or its file was cut off.
@@ -90,8 +91,13 @@ class PartStream:
                         f"the checkpoint lacks {part}.{key}: give the complete checkpoint of a "
                         f"{type(self.model).__name__}"
                     )
+        following = self._following.get(part)
         if following is not None and self._ahead is None:
             self._ahead = (following, self._pool.submit(self._read, following))
+
+    def order(self, part: str) -> int:
+        """The place of a part among ``parts``."""
+        return self._order[part]
 
     def put_away(self) -> None:
         """Leave no part's weights in the model."""
@@ -187,19 +193,21 @@ class PartStream:
 
 
 @contextmanager
-def open_stream(source: str | Path, model: nn.Module, device, dtype) -> Iterator[PartStream]:
+def open_stream(
+    model: nn.Module, places: dict[str, Place], device, dtype: torch.dtype
+) -> Iterator[PartStream]:
     """A context with the ``PartStream`` of a model over its checkpoint.
 
     Args:
-        source: as of ``open_checkpoint``.
         model: from ``empty_model``.
+        places: of its weights, from ``stored_places``.
         device: where the weights of a part go.
         dtype: of the weights in memory.
 
     Raises:
-        InvalidInput: no such checkpoint, or it is damaged or incomplete.
+        InvalidInput: the checkpoint is incomplete, or does not belong to the model.
     """
-    stream = PartStream(model, stored_places(source), torch.device(device), dtype)
+    stream = PartStream(model, places, torch.device(device), dtype)
     try:
         yield stream
     finally:
@@ -232,8 +240,8 @@ def stored_places(source: str | Path) -> dict[str, Place]:
     return places
 
 
-def parts_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The parts of a model by name: embeddings, the blocks of its text stacks, its head."""
+def parts_of(model: nn.Module) -> tuple[dict[str, nn.Module], str | None]:
+    """The embeddings, the blocks of the text stacks and the head of a model by name; which is head."""
     blocks = {
         name: block
         for stack in text_stacks(stacks(base_of(model)[0]))
@@ -247,7 +255,7 @@ def parts_of(model: nn.Module) -> dict[str, nn.Module]:
     embeddings = {n: m for n, m in outside.items() if isinstance(m, nn.Embedding)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     heads = {n: m for n, m in outside.items() if m is head and n not in embeddings}
-    return {**embeddings, **blocks, **heads}
+    return {**embeddings, **blocks, **heads}, next(iter(heads), None)
 
 
 def _outside_text(model: nn.Module) -> tuple[str, ...]:

@@ -1,0 +1,138 @@
+"""``scan_stream``: a scan of a checkpoint of which one layer at a time is in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from swkernels.errors import InvalidInput
+from swkernels.models import find_down_projections
+from swkernels.models.checkpoint import find_checkpoint
+from swkernels.models.empty import empty_model
+from swkernels.models.hidden import HiddenStates
+from swkernels.models.streaming import open_stream, stored_places
+
+from . import loading
+from . import samples as sampling
+from .candidates import find_candidates
+from .document import document
+from .peaks import locator
+from .report import ScanReport
+from .scan import Progress, ScanConfig, configured, prepared
+from .stream import StreamedEvaluator, StreamedPeaks
+from .verify import verify
+
+BUDGET = 2 << 30  # bytes of hidden states in host memory
+
+
+def scan_stream(
+    source: str | Path,
+    inputs=None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    budget: int = BUDGET,
+    spill: str | Path | None = None,
+    eval_inputs=None,
+    config: ScanConfig | None = None,
+    progress: Progress | None = None,
+    text_source: str | None = None,
+    **settings,
+) -> ScanReport:
+    """Scan a checkpoint that need not fit into memory: ``scan``, layer by layer.
+
+    Every sample passes a layer before the next layer is read, so that the pass for the peaks reads
+    each weight once, whatever the number of samples; verification adds a pass for each round of
+    zeroing. In memory are at most two layers (or an embedding or head and a layer), ``budget``
+    bytes of hidden states, one batch and the norms. Peaks equal those of ``scan`` bit for bit.
+
+    Args:
+        source: a folder of safetensors files with config.json and tokenizer, or the name of a
+            model in the local cache of the Hugging Face hub.
+        inputs, eval_inputs, config, progress, settings: as of ``scan``.
+        device, dtype, trust_remote_code: as of ``loading.load_model``; not "auto" for device.
+        budget: bytes of host memory for hidden states; the rest waits in a file.
+        spill: the folder of that file; None takes the folder for temporary files.
+        text_source: what the report calls the text.
+
+    Raises:
+        InvalidInput: as ``scan`` and ``load_model``; the weights are quantized; a file changes.
+        SwkernelsError: accelerate or greenlet is not installed.
+    """
+    config = configured(config, settings)
+    report = progress or (lambda stage, done, total: None)
+    if budget < 0:
+        raise InvalidInput(f"the budget must be at least 0 bytes, got {budget}")
+    if spill is not None and not Path(spill).is_dir():
+        raise InvalidInput(f"there is no folder {spill} for hidden states: make it or name another")
+    device = loading.check_device(device)
+    if device == "auto":
+        raise InvalidInput("streaming takes one device, got 'auto': name cpu, cuda or cuda:N")
+    loading.check_dtype(dtype)
+    folder = find_checkpoint(source)
+    places = stored_places(folder)
+    model, tokenizer = _empty(folder, dtype, trust_remote_code, places)
+    projections = find_down_projections(model)
+    tokens, windows, text_source = prepared(
+        model, inputs, eval_inputs, tokenizer, config, text_source
+    )
+    hidden = HiddenStates(budget, None if spill is None else Path(spill))
+    first = next(model.parameters())
+    try:
+        with open_stream(model, places, device, first.dtype) as stream, sampling.evaluating(model):
+            runner = sampling.Runner(model)
+            runner.device = stream.device
+            peaks = StreamedPeaks(stream, runner, tokens, config, hidden, report)
+            candidates = find_candidates(peaks.handle.states, peaks.spikes, config)
+            verification = None
+            if config.verify and candidates:
+                windows = [runner.to_device(window) for window in windows]
+                evaluator = StreamedEvaluator(
+                    stream, runner, hidden, windows, projections, config.seed
+                )
+                verification = verify(candidates, evaluator, config, report)
+            read = stream.bytes_read
+    finally:
+        hidden.close()
+    data = document(
+        model,
+        tokenizer,
+        tokens,
+        config,
+        peaks.handle.states,
+        locator(tokens),
+        candidates,
+        verification,
+        peaks.record.consistency(),
+    )
+    data["model"].update(
+        name=str(source),
+        fingerprint=loading.fingerprint(folder),
+        device=str(stream.device),
+        streamed={"bytes_read": read, "hidden_peak": hidden.peak, "hidden_spilled": hidden.spilled},
+    )
+    data["inputs"]["source"] = text_source
+    return ScanReport(data)
+
+
+def _empty(folder: Path, dtype: str | None, trust_remote_code: bool, places):
+    """The model on the meta device and its tokenizer."""
+    where, options = loading.source_of(folder)
+    options["trust_remote_code"] = trust_remote_code
+    with loading.quiet(), loading.one_line_errors(str(folder)):
+        from transformers import AutoConfig, AutoTokenizer
+
+        config = AutoConfig.from_pretrained(where, **options)
+        if getattr(config, "quantization_config", None) is not None:
+            raise InvalidInput(
+                f"{folder} is quantized: streaming reads plain weights; scan it in memory"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        if dtype in (None, "auto"):
+            stored = (place.dtype for place in places.values() if place.dtype.is_floating_point)
+            wanted = getattr(config, "dtype", None) or next(stored, torch.float32)
+        else:
+            wanted = getattr(torch, dtype)
+        return empty_model(config, wanted, trust_remote_code=trust_remote_code), tokenizer
