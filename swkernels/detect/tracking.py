@@ -85,7 +85,9 @@ class ProjectionState:
         self.sample_inputs: torch.Tensor | None = None
         self.sample_outputs: torch.Tensor | None = None
         self.moments = (
-            torch.zeros(self.experts, 3, dtype=torch.float64, device=device) if moments else None
+            torch.zeros(self.experts, 3, dtype=torch.float64, device=self.device)
+            if moments
+            else None
         )
 
     def peaks(self) -> list[SitePeaks]:

@@ -241,7 +241,7 @@ def stored_places(source: str | Path) -> dict[str, Place]:
 
 
 def parts_of(model: nn.Module) -> tuple[dict[str, nn.Module], str | None]:
-    """The embeddings, the blocks of the text stacks and the head of a model by name; which is head."""
+    """Embeddings, blocks of the text stacks and head of a model, by name; the name of the head."""
     blocks = {
         name: block
         for stack in text_stacks(stacks(base_of(model)[0]))
