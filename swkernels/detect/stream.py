@@ -251,8 +251,10 @@ class StreamedEvaluator(Evaluator):
         return Job(run, order, entering=entering, passed=lambda call, output: here.close())
 
     def _measure(self, number: int, coordinates: list[Coordinate]) -> None:
-        intact, window = self._intact[number], self.windows[number]
-        cell = Cell(*_compare(intact, self._logits(window), window[0, 1:].to(intact.device)))
+        window = self.windows[number]
+        logits = self._logits(window)
+        intact = self._intact[number]  # which is there by now
+        cell = Cell(*_compare(intact, logits, window[0, 1:].to(intact.device)))
         self.cells[number, key_of(coordinates)] = cell
         self._close(number)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tempfile
 from collections import defaultdict
@@ -112,7 +113,8 @@ class HiddenStates:
             self._file = None
 
     def _write(self, entry: _Waiting) -> None:
-        data = _bytes_of(entry.tensor).cpu().numpy()
+        stored = _bytes_of(entry.tensor).cpu()
+        data = _buffer(stored)
         free = self._free[entry.bytes]
         offset = free.pop() if free else self._end
         try:
@@ -134,7 +136,7 @@ class HiddenStates:
     def _read(self, entry: _Waiting) -> None:
         target = _bytes_of(entry.tensor)
         data = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
-        view, done = memoryview(data.numpy()), 0
+        view, done = _buffer(data), 0
         while done < entry.bytes:
             done += os.preadv(self._file.fileno(), [view[done:]], entry.offset + done)
         if data is not target:
@@ -148,3 +150,8 @@ def _key(tensor: torch.Tensor) -> int:
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a tensor as uint8."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def _buffer(data: torch.Tensor) -> memoryview:
+    """The bytes of a uint8 tensor on the CPU; a view by NumPy would keep it from being resized."""
+    return memoryview((ctypes.c_char * data.numel()).from_address(data.data_ptr())).cast("B")
