@@ -212,14 +212,14 @@ class TrackHandle:
             stack.interleaved = True
 
     @property
-    def numbering(self) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    def numbering(self) -> list[tuple]:
         """Which tokens the forward under way has, for each list of blocks."""
-        return [(stack.index, stack.positions) for stack in self._stacks]
+        return [(stack.offset, stack.index, stack.positions) for stack in self._stacks]
 
     @numbering.setter
-    def numbering(self, numbering: list[tuple[torch.Tensor | None, torch.Tensor | None]]) -> None:
-        for stack, (index, positions) in zip(self._stacks, numbering):
-            stack.index, stack.positions = index, positions
+    def numbering(self, numbering: list[tuple]) -> None:
+        for stack, (offset, index, positions) in zip(self._stacks, numbering):
+            stack.offset, stack.index, stack.positions = offset, index, positions
 
     @contextmanager
     def not_watching(self) -> Iterator[None]:

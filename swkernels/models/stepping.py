@@ -100,6 +100,8 @@ class Lockstep:
             for name, module in self._stream.parts.items():
                 self._originals[name] = module.forward
                 module.__dict__["forward"] = self._gate(name, module.forward)
+            # Some models ask an embedding's weight where it is before they call the embedding.
+            self._stream.use(next(iter(self._stream.parts)))
             self._start(dormant, None, started)
             while any(job.waiting is not None for job in started):
                 parts = {job.waiting.part for job in started if job.waiting is not None}
