@@ -23,6 +23,7 @@ from .scan import Progress, ScanConfig, configured, prepared
 from .stream import StreamedEvaluator, StreamedPeaks
 from .verify import verify
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 BUDGET = 2 << 30  # bytes of hidden states in host memory
 
 
@@ -72,6 +73,11 @@ def scan_stream(
         raise InvalidInput("streaming takes one device, got 'auto': name cpu, cuda or cuda:N")
     loading.check_dtype(dtype)
     folder = find_checkpoint(source)
+    if not folder.is_dir():
+        raise InvalidInput(
+            f"{folder} is a file: streaming reads a folder of safetensors files with config.json; "
+            "scan a .gguf file in memory"
+        )
     places = stored_places(folder)
     model, tokenizer = _empty(folder, dtype, trust_remote_code, places)
     projections = find_down_projections(model)
@@ -118,7 +124,7 @@ def scan_stream(
 
 
 def _empty(folder: Path, dtype: str | None, trust_remote_code: bool, places):
-    """The model on the meta device and its tokenizer."""
+    """The model on the meta device, and its tokenizer or None: token ids need none."""
     where, options = loading.source_of(folder)
     options["trust_remote_code"] = trust_remote_code
     with loading.quiet(), loading.one_line_errors(str(folder)):
@@ -129,7 +135,8 @@ def _empty(folder: Path, dtype: str | None, trust_remote_code: bool, places):
             raise InvalidInput(
                 f"{folder} is quantized: streaming reads plain weights; scan it in memory"
             )
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        has_tokenizer = any((folder / name).exists() for name in _TOKENIZERS)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options) if has_tokenizer else None
         if dtype in (None, "auto"):
             stored = (place.dtype for place in places.values() if place.dtype.is_floating_point)
             wanted = getattr(config, "dtype", None) or next(stored, torch.float32)
