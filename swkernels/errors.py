@@ -19,5 +19,9 @@ class NonFiniteActivation(SwkernelsError, ArithmeticError):
     """An activation holds NaN or infinity; the message names the layer, channel and token."""
 
 
+class RankFailed(SwkernelsError, RuntimeError):
+    """Another process of this run has stopped, died or fallen silent; the message says where."""
+
+
 class NoDenseWeight(SwkernelsError, AttributeError):
     """A library asked a packed layer for the dense weight that it does not have."""

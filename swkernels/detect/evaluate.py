@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from swkernels.errors import InvalidInput
 from swkernels.models import DownProjection
 
+from .ranks import Ranks
 from .replay import Replay
 
 BLOCK = 64  # tokens that the bootstrap resamples together: neighbours' losses go together
@@ -141,6 +143,7 @@ class Evaluator:
         projections: all down projections of the model, in forward order; with them, what comes
             before the first zeroed weight is not run again (see ``replay``).
         seed: of the bootstrap.
+        ranks: who shares the cells; None for one process.
 
     Attributes:
         cells: what was measured, by window and set. Cells are independent of each other, so they
@@ -153,12 +156,14 @@ class Evaluator:
         windows: list[torch.Tensor],
         projections: list[DownProjection],
         seed: int = 0,
+        ranks: Ranks | None = None,
     ):
         if not windows:
             raise InvalidInput("the evaluation text has no window of at least 2 tokens")
         self.logits = logits
         self.windows = windows
         self.seed = seed
+        self._ranks = ranks or Ranks.alone()
         blocks = {p.block_name: p.block for p in projections}
         one_stack = len({name.rpartition(".")[0] for name in blocks}) == 1
         self._depths = {name: i for i, name in enumerate(blocks)} if one_stack else {}
@@ -180,17 +185,45 @@ class Evaluator:
         """Have the weight of ``projection`` in memory: it is."""
 
     def _fill(self, sets: list[list[Coordinate]], progress: Callable[[int, int], None]) -> None:
-        """Measure the cells that are not known yet."""
-        total, done = len(self.windows) * (len(sets) + 1), 0
-        for number, window in enumerate(self.windows):
-            wanted = [s for s in sets if (number, key_of(s)) not in self.cells]
-            done += len(sets) - len(wanted)
-            if wanted or (number, INTACT) not in self.cells:
-                self._fill_window(number, window, wanted, lambda n: progress(done + n, total))  # noqa: B023
-            done += len(wanted) + 1
-            progress(done, total)
+        """Measure the cells that are not known yet, each rank a stretch of neighbours."""
+        step = "measuring what zeroing costs"
+        before = set(self.cells)
+        missing = self._missing(sets)
+        mine = self._ranks.stretch(missing)
+        total = max(len(missing), len(sets) * len(self.windows))
+        done = total - len(missing)
+        progress(done, total)
+        for n, _ in enumerate(self._ranks.in_rounds(self._measured(mine), len(missing), step), 1):
+            progress(done + n * len(missing) // len(mine), total)
+        if self._ranks.size > 1:
+            self._gather([at for at in self.cells if at not in before], step)
 
-    def _fill_window(self, number: int, window, sets, progress: Callable[[int], None]) -> None:
+    def _missing(self, sets: list[list[Coordinate]]) -> list[tuple[int, list[Coordinate] | None]]:
+        """(window, set) of the cells to measure; None for the intact model alone."""
+        missing: list[tuple[int, list[Coordinate] | None]] = []
+        for number in range(len(self.windows)):
+            wanted = [s for s in sets if (number, key_of(s)) not in self.cells]
+            missing += [(number, coordinates) for coordinates in wanted]
+            if not wanted and (number, INTACT) not in self.cells:
+                missing.append((number, None))
+        return missing
+
+    def _gather(self, measured: list[tuple[int, Key]], step: str) -> None:
+        """Give every rank the cells that the others have measured."""
+        mine = [(*at, self.cells[at].losses, self.cells[at].kl) for at in measured]
+        for theirs in self._ranks.gather(mine, step):
+            for number, key, losses, kl in theirs:
+                self.cells[number, tuple(tuple(at) for at in key)] = Cell(losses, kl)
+
+    def _measured(self, cells: list[tuple[int, list[Coordinate] | None]]) -> Iterator[None]:
+        """Measure cells, which come window by window, and yield after each."""
+        for number, of_window in groupby(cells, key=lambda cell: cell[0]):
+            sets = [coordinates for _, coordinates in of_window if coordinates is not None]
+            yield from self._fill_window(number, self.windows[number], sets)
+            if not sets:
+                yield
+
+    def _fill_window(self, number: int, window, sets: list[list[Coordinate]]) -> Iterator[None]:
         depths = [self._depth(coordinates) for coordinates in sets]
         replay = Replay(self._blocks, depths)
         with replay.recording():
@@ -199,11 +232,11 @@ class Evaluator:
             depths = [0] * len(sets)
         targets = window[0, 1:].to(intact.device)
         self.cells[number, INTACT] = Cell(_losses(intact, targets), _information(intact))
-        for done, (coordinates, depth) in enumerate(zip(sets, depths)):
-            progress(done + 1)
+        for coordinates, depth in zip(sets, depths):
             with zeroed(coordinates), replay.starting_at(depth):
                 cell = Cell(*_compare(intact, self._logits(window), targets))
             self.cells[number, key_of(coordinates)] = cell
+            yield
 
     def _depth(self, coordinates: list[Coordinate]) -> int:
         """The first block that the zeroed weights touch."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .consistency import Consistency, spiking_positions
+from .ranks import Ranks, packed, unpacked
 from .tracking import ProjectionState, TrackHandle, track
 
 
@@ -70,6 +71,23 @@ class PeakRecord:
                 of_batch[site] = state.moments.cpu().clone()
                 state.moments.zero_()
 
+    def merge(self, ranks: Ranks, step: str) -> None:
+        """Take over what the other ranks have learnt, before ``finish``."""
+        keys = [keys for state in self.states for keys in (state.inputs, state.outputs)]
+        ranks.merge_max_(keys, step)
+        mine = {
+            "spiking": list(self.spiking.items()),
+            "moments": [
+                (first, [(site, packed(moments)) for site, moments in of_batch.items()])
+                for first, of_batch in self.moments.items()
+            ],
+        }
+        for theirs in ranks.gather(mine, step):
+            for sample, positions in theirs["spiking"]:
+                self.spiking[sample] = [tuple(at) for at in positions]
+            for first, of_batch in theirs["moments"]:
+                self.moments[first] = {site: unpacked(moments) for site, moments in of_batch}
+
     def finish(self, sites: Iterable[int] | None = None) -> None:
         """Put the moments of all batches together, in their order, into the states.
 
@@ -91,18 +109,23 @@ class PeakRecord:
         return counted
 
 
-def read_peaks(model, runner, tokens, config, progress) -> tuple[TrackHandle, PeakRecord]:
-    """One forward of the body a batch, peaks merged, spikes counted."""
+def read_peaks(
+    model, runner, tokens, config, progress, ranks: Ranks
+) -> tuple[TrackHandle, PeakRecord]:
+    """One forward of the body a batch, over all ranks; peaks merged, spikes counted."""
+    step = "reading peaks"
     moments = "outlier" in config.methods
     handle = track(model, per_sample=True, moments=moments, backend=config.backend)
     record = PeakRecord(handle.states, config)
     with handle:
-        for batch in batches(tokens, config.batch_size):
+        for batch in ranks.share(batches(tokens, config.batch_size), step):
             handle.label_next_token(batch.token)
             runner.body(batch.ids)
             handle.check_finite()
             record.add(batch)
-            progress("reading peaks", batch.samples.stop, len(tokens))
+            progress(step, batch.samples.stop, len(tokens))
+    if ranks.size > 1:
+        record.merge(ranks, step)
     record.finish()
     return handle, record
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
@@ -16,6 +17,7 @@ from .candidates import find_candidates, find_spikes
 from .document import document
 from .evaluate import Evaluator
 from .peaks import locator, read_peaks
+from .ranks import Ranks
 from .report import ScanReport
 from .verify import verify
 from .witness import witness
@@ -102,6 +104,7 @@ def scan(
     name: str | None = None,
     fingerprint: str | None = None,
     source: str | None = None,
+    ranks: Ranks | None = None,
     **settings,
 ) -> ScanReport:
     """Find the super weights of ``model``, prove them by measurement, and report.
@@ -120,6 +123,9 @@ def scan(
         config: a ``ScanConfig``; ``settings`` override its fields.
         progress: called with (stage, done, total).
         name, fingerprint, source: of the model and the text, for the report.
+        ranks: the processes that share the work, each with the whole model and the same
+            arguments; all return the same report. None for this process alone. See
+            docs/scale/ranks.md.
 
     Returns:
         A ``ScanReport``; ``super_weights``, ``candidates``, ``sets``, ``save(path)``.
@@ -128,25 +134,39 @@ def scan(
         ProjectionNotFound: the model has no down projection.
         InvalidInput: a text, ids or a setting that cannot be used.
         NonFiniteActivation: NaN or infinity in an activation, with layer, channel and token.
+        RankFailed: another rank has failed, died or fallen silent.
     """
-    config = configured(config, settings)
+    ranks = ranks or Ranks.alone()
+    with ranks.together("scanning"):
+        config = configured(config, settings)
+        data = _scan(model, inputs, tokenizer, eval_inputs, config, progress, source, ranks)
+    data["model"].update(name=name or type(model).__name__, fingerprint=fingerprint)
+    return ScanReport(data)
+
+
+def _scan(model, inputs, tokenizer, eval_inputs, config, progress, source, ranks) -> dict:
+    """The report's document, without what names the model."""
     report_progress = progress or (lambda stage, done, total: None)
     find_down_projections(model)  # a model without any is refused before a text is read
     tokens, windows, source = prepared(model, inputs, eval_inputs, tokenizer, config, source)
+    if ranks.size > 1:
+        ranks.check_equal(_what(model, config, tokens, windows), "what they scan")
     with sampling.evaluating(model):
         runner = sampling.Runner(model)
-        handle, record = read_peaks(model, runner, tokens, config, report_progress)
+        handle, record = read_peaks(model, runner, tokens, config, report_progress, ranks)
         locate = locator(tokens)
         spikes = find_spikes(handle.states, locate, config)
-        report_progress("looking at the spikes", 0, 1)
+        step = "looking at the spikes"
+        report_progress(step, 0, 1)
         projections = [state.projection for state in handle.states]
-        witness(lambda sample: runner.body(tokens[sample][None]), projections, spikes)
-        report_progress("looking at the spikes", 1, 1)
+        run = lambda sample: runner.body(tokens[sample][None])  # noqa: E731
+        witness(run, projections, spikes, ranks, step)
+        report_progress(step, 1, 1)
         candidates = find_candidates(handle.states, spikes, config)
         verification = None
         if config.verify and candidates:
             windows = [runner.to_device(window) for window in windows]
-            evaluator = Evaluator(runner.logits, windows, projections, config.seed)
+            evaluator = Evaluator(runner.logits, windows, projections, config.seed, ranks)
             verification = verify(candidates, evaluator, config, report_progress)
     data = document(
         model,
@@ -159,9 +179,34 @@ def scan(
         verification,
         record.consistency(),
     )
-    data["model"].update(name=name or type(model).__name__, fingerprint=fingerprint)
     data["inputs"]["source"] = source
-    return ScanReport(data)
+    return data
+
+
+def _what(model, config: ScanConfig, tokens, windows) -> dict:
+    """What ranks must agree on: the settings, and hashes of the inputs and the model.
+
+    Of the weights: names, shapes and dtypes of all, and a few values of each down projection.
+    """
+
+    def digest(parts) -> str:
+        total = hashlib.sha256()
+        for part in parts:
+            total.update(repr(part).encode())
+        return total.hexdigest()
+
+    return {
+        "samples": digest(sample.tolist() for sample in tokens),
+        "windows": digest(window.tolist() for window in windows),
+        "settings": asdict(config) | {"methods": list(config.methods)},
+        "tensors": digest((n, list(p.shape), p.dtype) for n, p in model.named_parameters()),
+        "weights": digest(
+            value[(0,) * (value.dim() - 1)][:8].tolist()
+            for projection in find_down_projections(model)
+            for value in projection.module.parameters()
+            if not value.is_meta and not hasattr(value, "__tensor_flatten__")
+        ),
+    }
 
 
 def prepared(

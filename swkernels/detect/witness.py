@@ -19,6 +19,7 @@ from swkernels.models import DownProjection
 from swkernels.models.experts import ExpertObserver
 
 from .patching import Patches
+from .ranks import Ranks, packed, unpacked
 
 
 @dataclass
@@ -77,13 +78,16 @@ class Spike:
         return carried / len(self.residual)
 
 
-def witness(run, projections: list[DownProjection], spikes: list[Spike]) -> None:
-    """Fill ``x`` and ``residual`` of every spike.
+def witness(
+    run, projections: list[DownProjection], spikes: list[Spike], ranks: Ranks, step: str
+) -> None:
+    """Fill ``x``, ``w`` and ``residual`` of every spike; each rank runs its share of the samples.
 
     Args:
         run: runs the model on one sample, given its index.
         projections: all down projections of the model, in forward order.
-        spikes: what to look at; filled in place.
+        spikes: what to look at, the same on every rank; filled in place.
+        ranks, step: who takes part, and what errors call this.
     """
     blocks = {}
     for projection in projections:
@@ -92,7 +96,7 @@ def witness(run, projections: list[DownProjection], spikes: list[Spike]) -> None
     by_sample = defaultdict(list)
     for spike in spikes:
         by_sample[spike.sample].append(spike)
-    for sample, wanted in sorted(by_sample.items()):
+    for sample, wanted in ranks.share(sorted(by_sample.items()), step):
         with reading(wanted) as patches:
             for name, block in blocks.items():
                 after = [s for s in wanted if order[s.projection.block_name] <= order[name]]
@@ -100,6 +104,21 @@ def witness(run, projections: list[DownProjection], spikes: list[Spike]) -> None
                 if after:
                     patches.forward(block, _residual_reader(after))
             run(sample)
+    if ranks.size > 1:
+        _gather(spikes, ranks, step)
+
+
+def _gather(spikes: list[Spike], ranks: Ranks, step: str) -> None:
+    """Give every rank what the others have read."""
+    seen = [
+        (number, packed(spike.x), packed(spike.w), spike.residual)
+        for number, spike in enumerate(spikes)
+        if spike.x is not None
+    ]
+    for rank, theirs in enumerate(ranks.gather(seen, step)):
+        for number, x, w, residual in theirs if rank != ranks.rank else ():
+            spike = spikes[number]
+            spike.x, spike.w, spike.residual = unpacked(x), unpacked(w), residual
 
 
 @contextmanager
