@@ -23,6 +23,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _PACKAGE = "swkernels"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="also run the tests marked long: many kills, bit flips and mutations (minutes each)",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes; runs with --long alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --long those tests are deselected: a skip would stand for something missing here."""
+    if config.getoption("--long"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch):
     """Fill what the package allocates without a value: NaN, and 0xA5 bytes for integers.
