@@ -87,7 +87,11 @@ def scan_stream(
     hidden = HiddenStates(budget, None if spill is None else Path(spill))
     first = next(model.parameters())
     try:
-        with open_stream(model, places, device, first.dtype) as stream, sampling.evaluating(model):
+        with (
+            loading.quiet(),
+            open_stream(model, places, device, first.dtype) as stream,
+            sampling.evaluating(model),
+        ):
             runner = sampling.Runner(model)
             runner.device = stream.device
             peaks = StreamedPeaks(stream, runner, tokens, config, hidden, report)
