@@ -11,11 +11,12 @@ from pathlib import Path
 _LOG_WIDTH = 120  # columns of a table in a file or a pipe, where there is no terminal to ask
 
 
-def make_console():
-    """Return the console on standard output."""
+def make_console(quiet: bool = False):
+    """Return the console on standard output; a quiet one prints nothing."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    width = None if sys.stdout.isatty() else _LOG_WIDTH
+    return Console(highlight=False, width=width, quiet=quiet)
 
 
 @contextmanager
@@ -25,7 +26,10 @@ def stages(console) -> Iterator:
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(
-        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        disable=console.quiet or not console.is_terminal,
     ) as bars:
         tasks: dict[str, int] = {}
 

@@ -40,6 +40,9 @@ _BACKEND = typer.Option(
     help="reference, cpu, triton or cuda for every operation.", show_default="the best there is"
 )
 _SEED = typer.Option(help="Of the null draws and the bootstrap.", show_default="42")
+_RANK_TIMEOUT = typer.Option(
+    help="Seconds that a process under torchrun waits for the others.", show_default="600"
+)
 _TRUST = typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 _OUTPUT = typer.Option("-o", "--output", help="Folder for report.json, report.html, spikes.png.")
 
@@ -61,10 +64,15 @@ def scan(
     no_verify: Annotated[bool, _NO_VERIFY] = False,
     backend: Annotated[str | None, _BACKEND] = None,
     seed: Annotated[int | None, _SEED] = None,
+    rank_timeout: Annotated[float | None, _RANK_TIMEOUT] = None,
     trust_remote_code: Annotated[bool, _TRUST] = False,
     output: Annotated[Path | None, _OUTPUT] = None,
 ) -> None:
-    """Find the super weights of MODEL and prove them by measurement."""
+    """Find the super weights of MODEL and prove them by measurement.
+
+    Under torchrun its processes share the work: torchrun --nproc-per-node N -m swkernels scan MODEL
+    """
+    from swkernels.detect import ranks as together
     from swkernels.detect import scan as detection
 
     settings = {
@@ -83,27 +91,38 @@ def scan(
     _check_options(config, device, dtype)
     inputs, source = _inputs(text, dataset)
     eval_inputs = _read(eval_text)
-    console = make_console()
-    with OutputDirectory(output) as folder, stages(console) as progress:
-        progress("loading the model", 0, 1)
-        loaded, tokenizer, fingerprint = load_model(
-            model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-        progress("loading the model", 1, 1)
-        report = detection.scan(
-            loaded,
-            inputs,
-            tokenizer=tokenizer,
-            eval_inputs=eval_inputs,
-            config=config,
-            progress=progress,
-            name=model,
-            fingerprint=fingerprint,
-            source=source,
-        )
-        if output is not None:
-            folder.write(_writers(report))
-    _show(report.to_dict(), console, folder.written)
+    timeout = together.TIMEOUT if rank_timeout is None else rank_timeout
+    with (
+        together.Ranks.from_environment(timeout) as ranks,
+        ranks.together("writing the report"),
+    ):
+        console = make_console(quiet=not ranks.first)
+        output = output if ranks.first else None
+        with OutputDirectory(output) as folder, stages(console) as progress:
+            progress("loading the model", 0, 1)
+            with ranks.together("loading the model"):
+                loaded, tokenizer, fingerprint = load_model(
+                    model,
+                    device=ranks.device(device),
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                )
+            progress("loading the model", 1, 1)
+            report = detection.scan(
+                loaded,
+                inputs,
+                tokenizer=tokenizer,
+                eval_inputs=eval_inputs,
+                config=config,
+                progress=progress,
+                name=model,
+                fingerprint=fingerprint,
+                source=source,
+                ranks=ranks,
+            )
+            if output is not None:
+                folder.write(_writers(report))
+        _show(report.to_dict(), console, folder.written)
 
 
 def _check_options(config, device: str | None, dtype: str | None) -> None:

@@ -44,6 +44,7 @@ class Ranks:
         self._group = group
         self._pending: tuple | None = None  # the exchange that is under way
         self._over = False  # nothing can be exchanged any more
+        self._step: str | None = None  # what this rank is at
         self._owns_world = False
 
     @classmethod
@@ -102,6 +103,13 @@ class Ranks:
         ranks._owns_world = True
         return ranks
 
+    def device(self, name: str | None) -> str | None:
+        """The device that this rank takes where the caller names none or just "cuda"."""
+        shared = name is None or name == "cuda"
+        if self.size > 1 and shared and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+            return f"cuda:{int(os.environ['LOCAL_RANK'])}"
+        return name
+
     @property
     def first(self) -> bool:
         """Whether this is the rank that speaks and writes."""
@@ -134,6 +142,7 @@ class Ranks:
 
     def in_rounds(self, mine: Iterable, total: int, step: str) -> Iterator:
         """Yield this rank's items of ``total``, and exchange flags after each."""
+        self._step = step
         rounds = -(-total // self.size)  # as many on a rank that has an item less
         for item in mine:
             yield item
@@ -141,6 +150,7 @@ class Ranks:
             rounds -= 1
         for _ in range(rounds):
             self._beat(step)
+        self._step = None
 
     def merge_max_(self, tensors: list[torch.Tensor], step: str) -> None:
         """Replace int64 tensors, of the same shapes on every rank, by their maximum over ranks."""
@@ -186,15 +196,15 @@ class Ranks:
             yield
             self._agree(step)
         except Exception as error:
-            self._tell(f"{type(error).__name__}: {_first_line(error)}", step)
+            self._tell(f"{self._step or step}: {type(error).__name__}: {_first_line(error)}")
             raise
 
-    def _tell(self, message: str, step: str) -> None:
+    def _tell(self, message: str) -> None:
         """Let the others know, if they can still be told, that this rank stops."""
         if self.size == 1 or self._over:
             return
         try:
-            self._exchange(message.encode(), step, failed=True)
+            self._exchange(message.encode(), "telling them of an error", failed=True)
         except RankFailed:
             pass  # this rank's own error is the one to raise here
         self._over = True
@@ -238,7 +248,7 @@ class Ranks:
             if failed:
                 self._over = True
                 said = gathered[rank].decode(errors="replace")
-                raise RankFailed(f"rank {rank} stopped while {step}: {said}")
+                raise RankFailed(f"rank {rank} stopped while {said}")
         return gathered
 
     def _gather_bytes(self, data: bytes, lengths: list[int]) -> list[bytes]:
