@@ -71,22 +71,35 @@ class PeakRecord:
                 of_batch[site] = state.moments.cpu().clone()
                 state.moments.zero_()
 
-    def merge(self, ranks: Ranks, step: str) -> None:
-        """Take over what the other ranks have learnt, before ``finish``."""
-        keys = [keys for state in self.states for keys in (state.inputs, state.outputs)]
-        ranks.merge_max_(keys, step)
+    def merge(self, ranks: Ranks, step: str, sites: Iterable[int] | None = None) -> None:
+        """Take over what the other ranks have learnt, before ``finish``.
+
+        Args:
+            ranks, step: who takes part, and what errors call this.
+            sites: the states that are complete: all of them, or a streamed layer's.
+        """
+        wanted = list(range(len(self.states)) if sites is None else sites)
+        states = [self.states[site] for site in wanted]
+        ranks.merge_max_([keys for s in states for keys in (s.inputs, s.outputs)], step)
         mine = {
-            "spiking": list(self.spiking.items()),
+            "spiking": [
+                (sample, [at for at in positions if at[0] in wanted])
+                for sample, positions in self.spiking.items()
+            ],
             "moments": [
-                (first, [(site, packed(moments)) for site, moments in of_batch.items()])
+                (first, site, packed(of_batch[site]))
                 for first, of_batch in self.moments.items()
+                for site in wanted
+                if site in of_batch
             ],
         }
-        for theirs in ranks.gather(mine, step):
+        for rank, theirs in enumerate(ranks.gather(mine, step)):
+            if rank == ranks.rank:
+                continue
             for sample, positions in theirs["spiking"]:
-                self.spiking[sample] = [tuple(at) for at in positions]
-            for first, of_batch in theirs["moments"]:
-                self.moments[first] = {site: unpacked(moments) for site, moments in of_batch}
+                self.spiking.setdefault(sample, []).extend(tuple(at) for at in positions)
+            for first, site, moments in theirs["moments"]:
+                self.moments.setdefault(first, {})[site] = unpacked(moments)
 
     def finish(self, sites: Iterable[int] | None = None) -> None:
         """Put the moments of all batches together, in their order, into the states.
