@@ -171,6 +171,43 @@ class Ranks:
             return [document]
         return [json.loads(data) for data in self._exchange(json.dumps(document).encode(), step)]
 
+    def send(self, to: int, document, tensors: list[torch.Tensor], step: str) -> None:
+        """Send a document of JSON's types and tensors to another rank, which must ``receive``."""
+        import torch.distributed as dist
+
+        head = json.dumps({"document": document, "tensors": [_form(t) for t in tensors]}).encode()
+        parts = [torch.frombuffer(bytearray(head), dtype=torch.uint8)]
+        parts += [_raw(tensor) for tensor in tensors if tensor.numel()]
+        with self._meeting(step):
+            dist.send(torch.tensor([len(head)]), self._peer(to), group=self._group)
+            for part in parts:
+                dist.send(part, self._peer(to), group=self._group)
+
+    def receive(self, sender: int, step: str) -> tuple[object, list[torch.Tensor]]:
+        """The document and the tensors, on the CPU, that another rank sends."""
+        import torch.distributed as dist
+
+        with self._meeting(step):
+            length = torch.zeros(1, dtype=torch.int64)
+            dist.recv(length, self._peer(sender), group=self._group)
+            head = torch.empty(int(length), dtype=torch.uint8)
+            dist.recv(head, self._peer(sender), group=self._group)
+            found = json.loads(head.numpy().tobytes())
+            tensors = []
+            for form in found["tensors"]:
+                tensors.append(torch.empty(form["shape"], dtype=getattr(torch, form["dtype"])))
+                if tensors[-1].numel():
+                    raw = torch.empty(tensors[-1].nbytes, dtype=torch.uint8)
+                    dist.recv(raw, self._peer(sender), group=self._group)
+                    tensors[-1] = raw.view(tensors[-1].dtype).view(form["shape"])
+        return found["document"], tensors
+
+    def _peer(self, rank: int) -> int:
+        """The number that ``torch.distributed`` as a whole has for a rank of the group."""
+        import torch.distributed as dist
+
+        return dist.get_global_rank(self._group, rank)
+
     def check_equal(self, document, what: str) -> None:
         """Refuse ranks that do not agree on ``document``.
 
@@ -276,6 +313,21 @@ class Ranks:
                 f"than {self.timeout:g} s behind; start them again (with a state file the scan "
                 f"goes on from there), or give a longer timeout [{_first_line(error)}]"
             ) from error
+
+
+def _form(tensor: torch.Tensor) -> dict:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor's bytes: uint8, on the CPU."""
+    return (
+        tensor.detach()
+        .cpu()
+        .clone(memory_format=torch.contiguous_format)
+        .view(-1)
+        .view(torch.uint8)
+    )
 
 
 def packed(tensor: torch.Tensor) -> dict:

@@ -92,8 +92,19 @@ class Lockstep:
         self._originals: dict[str, Callable] = {}
         self._current: Job | None = None
 
-    def run(self, jobs: Iterable[Job]) -> None:
-        """Run all jobs to their ends. An exception in one of them ends them all."""
+    def run(
+        self,
+        jobs: Iterable[Job],
+        until: str | None = None,
+        reached: Callable[[list[Job]], None] = lambda jobs: None,
+    ) -> None:
+        """Run all jobs to their ends. An exception in one of them ends them all.
+
+        Args:
+            jobs: what to run.
+            until: a part that does not run any more: where all jobs wait for it or for a later
+                one, ``reached`` is called with them, and their forwards end there.
+        """
         dormant, started = sorted(jobs, key=lambda job: job.order), []
         before = {name: m.__dict__.get("forward") for name, m in self._stream.parts.items()}
         try:
@@ -106,6 +117,9 @@ class Lockstep:
             while any(job.waiting is not None for job in started):
                 parts = {job.waiting.part for job in started if job.waiting is not None}
                 part = min(parts, key=self._stream.order)
+                if until is not None and self._stream.order(part) >= self._stream.order(until):
+                    reached([job for job in started if job.waiting is not None])
+                    break
                 self._pass(part, [j for j in started if j.waiting and j.waiting.part == part])
                 self._start(dormant, part, started)
         finally:

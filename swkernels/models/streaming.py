@@ -45,6 +45,7 @@ class PartStream:
     Attributes:
         model: its parts' weights are on the meta device while they are not used.
         parts: name -> module.
+        blocks: the names of those that are blocks.
         device: where the weights of a part are while it is used.
         bytes_read: of weights, so far.
     """
@@ -53,6 +54,11 @@ class PartStream:
         self.model = model
         self.device = device
         self.parts, head = parts_of(model)
+        self.blocks = [
+            name
+            for name, module in self.parts.items()
+            if name != head and not isinstance(module, nn.Embedding)
+        ]
         names = list(self.parts)
         self._order = {name: i for i, name in enumerate(names)}
         self._following = {a: b for a, b in zip(names, names[1:]) if b != head}
@@ -98,6 +104,10 @@ class PartStream:
     def order(self, part: str) -> int:
         """The place of a part among ``parts``."""
         return self._order[part]
+
+    def bytes_of(self, part: str) -> int:
+        """The size of a part's weights in the checkpoint."""
+        return sum(self._places[key].bytes for key, _ in self._wanted[part])
 
     def put_away(self) -> None:
         """Leave no part's weights in the model."""
