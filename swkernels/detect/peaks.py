@@ -42,7 +42,8 @@ class PeakRecord:
     """What the pass has learnt.
 
     Attributes:
-        states: the running keys of every projection, in forward order.
+        states: the running keys of every projection, in forward order; and ``routed``, int64 [E],
+            which grows by what each batch adds, so that parts of the pass add up.
         config: the ``ScanConfig``.
         spiking: by sample, the positions that spike in it: (index of the state, expert, row,
             column).

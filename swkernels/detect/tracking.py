@@ -56,6 +56,7 @@ class SitePeaks:
         layer, name, expert: where; ``expert`` is None in a dense layer.
         inputs: ``ops.Peaks`` of its H input channels.
         outputs: ``ops.Peaks`` of its D output channels.
+        routed: how many tokens it has seen, padding not counted; 0 where an expert is unseen.
     """
 
     layer: int
@@ -63,6 +64,7 @@ class SitePeaks:
     expert: int | None
     inputs: ops.Peaks
     outputs: ops.Peaks
+    routed: int
 
 
 class ProjectionState:
@@ -70,6 +72,8 @@ class ProjectionState:
 
     Attributes:
         inputs: int64 [E, H], outputs: int64 [E, D]; E = 1 where there are no fused experts.
+        routed: int64 [E], the rows that counted so far: tokens that were routed to each expert, in
+            a dense layer all tokens; padding never. Of two passes it is the sum.
         sample_inputs: int64 [B, E, H], sample_outputs [B, E, D] of the last forward, with token
             positions inside each sample; None unless ``per_sample``.
         moments: float64 [E, 3], the count, sum and sum of squares of Y's elements; None unless
@@ -82,6 +86,7 @@ class ProjectionState:
         self.device = torch.device("cpu") if device.type == "meta" else device
         self.inputs = self._zeros(projection.columns)
         self.outputs = self._zeros(projection.rows)
+        self.routed = torch.zeros(self.experts, dtype=torch.int64, device=self.device)
         self.sample_inputs: torch.Tensor | None = None
         self.sample_outputs: torch.Tensor | None = None
         self.moments = (
@@ -93,6 +98,7 @@ class ProjectionState:
     def peaks(self) -> list[SitePeaks]:
         """The peaks so far, one entry an expert, or one in all where there are none."""
         projection = self.projection
+        routed = self.routed.tolist()
         return [
             SitePeaks(
                 projection.layer,
@@ -100,6 +106,7 @@ class ProjectionState:
                 projection.expert if projection.experts is None else e,
                 ops.peaks(self.inputs[e]),
                 ops.peaks(self.outputs[e]),
+                routed[e],
             )
             for e in range(self.experts)
         ]
@@ -110,6 +117,7 @@ class ProjectionState:
     def reset(self) -> None:
         self.inputs.zero_()
         self.outputs.zero_()
+        self.routed.zero_()
         self.sample_inputs = self.sample_outputs = None
         if self.moments is not None:
             self.moments.zero_()
@@ -122,6 +130,7 @@ class ProjectionState:
         """Follow the activations when they are not where the weight was at ``track`` time."""
         self.device = device
         self.inputs, self.outputs = self.inputs.to(device), self.outputs.to(device)
+        self.routed = self.routed.to(device)
         if self.sample_inputs is not None:
             self.sample_inputs = self.sample_inputs.to(device)
             self.sample_outputs = self.sample_outputs.to(device)
@@ -436,15 +445,16 @@ class _Observer:
         x, y = x.detach(), y.detach()
         if x.device != state.device:
             state.move(x.device)
+        index = self._index(x, rows)
+        state.routed[expert] += (index >= 0).sum()  # a tensor: nothing waits for its value
         if self.per_sample:
             self._observe_samples(expert, x, y, rows)
         else:
-            index = self._index(x, rows)
             sides = ((x, state.inputs), (y, state.outputs))
             for value, keys in sides[1:] if self.inputs_seen else sides:
                 ops.column_absmax(value, keys[expert], token_mask=index, backend=self.backend)
         if state.moments is not None:
-            state.moments[expert] += _moments(y, self._index(x, rows))
+            state.moments[expert] += _moments(y, index)
 
     def _index(self, x, rows) -> torch.Tensor:
         """The running index of each row of x, int64 [T]; -1 where it does not count."""
@@ -480,8 +490,9 @@ def _pick(numbers: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None) -> 
     count = x.numel() // max(1, x.shape[-1])
     if count == numbers.numel():
         return numbers
-    first = numbers.masked_fill(numbers < 0, torch.iinfo(torch.int64).max).min()
-    return first.expand(count)
+    last = torch.iinfo(torch.int64).max
+    first = numbers.masked_fill(numbers < 0, last).min()
+    return torch.where(first == last, -1, first).expand(count)
 
 
 def _wrap_experts(observers: list[_Observer], original):
