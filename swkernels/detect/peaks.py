@@ -83,6 +83,7 @@ class PeakRecord:
         states = [self.states[site] for site in wanted]
         ranks.merge_max_([keys for s in states for keys in (s.inputs, s.outputs)], step)
         mine = {
+            "routed": [state.routed.tolist() for state in states],
             "spiking": [
                 (sample, [at for at in positions if at[0] in wanted])
                 for sample, positions in self.spiking.items()
@@ -94,7 +95,10 @@ class PeakRecord:
                 if site in of_batch
             ],
         }
-        for rank, theirs in enumerate(ranks.gather(mine, step)):
+        every = ranks.gather(mine, step)
+        for state, *counts in zip(states, *(theirs["routed"] for theirs in every)):
+            state.routed.copy_(torch.tensor(counts).sum(0))
+        for rank, theirs in enumerate(every):
             if rank == ranks.rank:
                 continue
             for sample, positions in theirs["spiking"]:
