@@ -151,10 +151,10 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def _integer(text: str) -> int:
+def _integer(text: str) -> int | float:
     if len(text) > _LONGEST_INTEGER:
         raise ValueError(f"a number has {len(text)} digits, expected at most {_LONGEST_INTEGER}")
-    return int(text)
+    return int(text) if text != "-0" else -0.0  # no index or count is written so
 
 
 def _float(text: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -10,10 +9,18 @@ from pathlib import Path
 
 import torch
 
+from swkernels.documents import Fields, MapOf, Maybe, Number, Text, check_document
 from swkernels.errors import InvalidInput
+from swkernels.files import Limits, read_json
+
+from .safetensors_header import load_header
 
 INDEX = "model.safetensors.index.json"
-_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_INDEX_LIMITS = Limits(size=100_000_000, depth=8, values=4_000_000)
+_INDEX_FIELDS = Fields(
+    {"weight_map": MapOf(Text(longest=255))},
+    {"metadata": Maybe(Fields({}, {"total_size": Maybe(Number(0, special=False))}))},
+)
 # What a safetensors header calls the types that hold one value an element.
 DTYPES = {
     "F64": torch.float64,
@@ -51,8 +58,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self._handles: dict[str, object] = {}
         found: dict[str, dict] = {}
         for file in files:
-            header = json.loads(read_header(file))
-            header.pop("__metadata__", None)
+            header = load_header(file).tensors
             twice = sorted(header.keys() & found.keys())
             if twice:
                 raise InvalidInput(
@@ -62,6 +68,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                 handle = stack.enter_context(safe_open(file, "pt"))
             except (OSError, SafetensorError) as error:
                 raise InvalidInput(f"cannot read the checkpoint {file}: {error}") from error
+            if header.keys() != set(handle.keys()):
+                raise InvalidInput(f"{file} changed while it was opened: open it when it is whole")
             found |= header
             self._handles |= dict.fromkeys(header, handle)
         self._headers = {name: found[name] for name in sorted(found, key=natural)}
@@ -148,55 +156,78 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def check_index(path: Path, present: set[str]) -> set[str]:
-    """Return the names of the files that the index in folder ``path`` lists.
+    """Return the names of the files that the index in folder ``path`` lists, checked against them.
+
+    What a file holds beyond what the index names belongs to the checkpoint, as for transformers.
 
     Raises:
-        InvalidInput: the index is damaged, or one of its files is not ``present``.
+        InvalidInput: the index is damaged, names something that is no file of weights in this
+            very folder, or one of its files is not ``present``, damaged, or lacks a tensor; or a
+            tensor is in two of them.
     """
+    where = path / INDEX
     try:
-        wanted = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        missing = [path / name for name in sorted(wanted - present)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidInput(f"{path / INDEX} is unreadable: download it again") from error
+        document = read_json(where, limits=_INDEX_LIMITS)
+        check_document(document, _INDEX_FIELDS, where)
+    except InvalidInput as error:
+        raise InvalidInput(f"{where} is unreadable: download it again ({error})") from error
+    places = document["weight_map"]
+    wanted = set(places.values())
+    for name in sorted(wanted):
+        _check_file_name(where, name)
+    folded: dict[str, str] = {}
+    for name in sorted(wanted):
+        other = folded.setdefault(name.casefold(), name)
+        if other != name:  # one file where capitals do not count, two elsewhere
+            raise InvalidInput(
+                f"{where} names {other} and {name}, which differ by capitals alone: rename one"
+            )
+    missing = [path / name for name in sorted(wanted - present)]
     if missing:
         raise InvalidInput(
             f"{missing[0]} is missing, {len(missing)} of {len(wanted)} files of weights "
             "are: download them again"
         )
+    _check_places(path, places, wanted)
     return wanted
 
 
-def read_header(file: Path) -> bytes:
-    """Return a safetensors header, checked against the size of the file.
+def _check_file_name(where: Path, name: str) -> None:
+    """Refuse what could lead out of the folder, on any system, or to pickled weights."""
+    plain = name.isprintable() and not set(name) & set("/\\:")
+    if not plain or not name.endswith(".safetensors"):
+        raise InvalidInput(
+            f"{where} names the file {name!r:.200}: expected the plain name of a .safetensors file "
+            "in the same folder; do not use this checkpoint unless you know why"
+        )
 
-    The format: 8 bytes, little-endian, the header's length n; n bytes of JSON; the data, to which
-    the header's ``data_offsets`` refer (github.com/huggingface/safetensors, README).
+
+def _check_places(path: Path, places: Mapping[str, str], files: set[str]) -> None:
+    """Check that each tensor is in the file that the index names, and in no other."""
+    found: dict[str, str] = {}
+    for file in sorted(files):
+        for name in load_header(path / file).tensors:
+            if name in found:
+                raise InvalidInput(
+                    f"{path} holds {name!r:.200} twice, in {found[name]} and {file}: give one file"
+                )
+            found[name] = file
+    for name, file in places.items():
+        if found.get(name) != file:
+            instead = f"but {found[name]} has it" if name in found else "which lacks it"
+            raise InvalidInput(
+                f"{path / INDEX} says that {name!r:.200} is in {file}, {instead}: download the "
+                "checkpoint again"
+            )
+
+
+def read_header(file: Path) -> bytes:
+    """Return a safetensors header, checked against the size of the file; see ``load_header``.
 
     Raises:
-        InvalidInput: no such file, another format, or truncated.
+        InvalidInput: no such file, another format, truncated, or an entry that is wrong.
     """
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
-                raise ValueError("no header")
-            header = stream.read(length)
-        tensors = json.loads(header)
-        ends = [t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-    except OSError as error:
-        raise InvalidInput(f"cannot read {file}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InvalidInput(
-            f"{file} is not a readable safetensors file ({size} bytes): download it again"
-        ) from error
-    if size != expected:
-        state = "truncated" if size < expected else "damaged"
-        raise InvalidInput(
-            f"{file} is {state}: expected {expected} bytes, got {size}; download it again"
-        )
-    return header
+    return load_header(file).raw
 
 
 def natural(name: str) -> list:
