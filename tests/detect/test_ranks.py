@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ if __name__ == "__main__":  # a rank
 
 from swkernels.detect.ranks import Ranks, packed, unpacked
 from swkernels.detect.scan import scan
-from swkernels.errors import InvalidInput, RankFailed, SwkernelsError
+from swkernels.errors import InvalidInput, SwkernelsError
 from tests.detect.planting import plant
 from tests.models.tiny import VOCABULARY, tiny_model
 from tests.processes import finish_ranks, start_ranks
@@ -89,34 +90,40 @@ def said_by(call) -> str:
     return "no error"
 
 
-def worker(mode: str, folder: str) -> None:
-    with Ranks.from_environment() as ranks:
+def worker(folder: str) -> None:
+    import torch.distributed as dist
+
+    def write_reports(ranks: Ranks) -> None:
         for number, case in enumerate(CASES):
-            Path(folder, f"{number}-{ranks.rank}.json").write_text(report(case, ranks))
-        here = ranks.rank == ranks.size - 1
-        said = {}
+            path = Path(folder, f"{number}-{ranks.rank}-of-{ranks.size}.json")
+            path.write_text(report(case, ranks))
 
-        def run(name: str, model, ids, timeout: float = 60.0) -> None:
-            with Ranks.of_group(timeout) as others:
-                said[name] = said_by(lambda: scan(model, ids, ranks=others, eval_length=16))
+    said = {}
 
-        if mode == "errors":
-            model = planted("llama")
-            run("texts", model, samples((9, 9 + here)))
-            unlike = tiny_model("llama", seed=here)
-            run("weights", unlike, samples((9, 9)))
-            run("raises", failing(model, 2, raise_ if here else int), samples((9,) * 8))
-            bad = planted("llama")
-            bad.model.layers[2].mlp.down_proj.weight.data[3, 20] = float("nan") if here else 1.0
-            run("nan", bad, samples((9,) * 4))
-            # The second look, and the measuring.
-            run("late", failing(planted("llama"), 3, raise_ if here else int), samples((9, 9)))
-            asleep = (lambda: time.sleep(2 * TIMEOUT)) if here else int
-            run("silent", failing(planted("llama"), 2, asleep), samples((9,) * 9), TIMEOUT)
-        else:
-            death = (lambda: os.kill(os.getpid(), signal.SIGKILL)) if here else int
-            run("killed", failing(planted("llama"), 2, death), samples((9,) * 9), TIMEOUT)
+    def run(name: str, model, lengths, timeout: float = 60.0) -> None:
+        with Ranks.of_group(timeout) as others:
+            call = lambda: scan(model, samples(lengths), ranks=others, eval_length=16)  # noqa: E731
+            said[name] = said_by(call)
         Path(folder, f"said-{ranks.rank}.json").write_text(json.dumps(said))
+
+    with Ranks.from_environment() as ranks:
+        write_reports(ranks)
+        pair = dist.new_group([0, 1])
+        if ranks.rank < 2:
+            write_reports(Ranks(ranks.rank, 2, group=pair))
+        last = ranks.rank == ranks.size - 1
+        run("texts", planted("llama"), (9, 9 + last))
+        run("weights", tiny_model("llama", seed=last), (9, 9))
+        run("raises", failing(planted("llama"), 2, raise_ if last else int), (9,) * 9)
+        bad = planted("llama")
+        bad.model.layers[2].mlp.down_proj.weight.data[3, 20] = float("nan") if last else 1.0
+        run("nan", bad, (9,) * 5)
+        # Past the first pass, of one sample a rank.
+        run("late", failing(planted("llama"), 3, raise_ if last else int), (9, 9, 9))
+        asleep = (lambda: time.sleep(2 * TIMEOUT)) if last else int
+        run("silent", failing(planted("llama"), 2, asleep), (9,) * 12, TIMEOUT)
+        death = (lambda: os.kill(os.getpid(), signal.SIGKILL)) if last else int
+        run("killed", failing(planted("llama"), 2, death), (9,) * 12, TIMEOUT)
 
 
 @pytest.fixture(scope="module")
@@ -130,54 +137,72 @@ def alone():
         torch.set_num_threads(threads)
 
 
-def ended(tmp_path, mode: str, world: int) -> tuple[list[int], list[dict]]:
-    """Exit codes, and what the ranks that lived said about each failure."""
-    ended = finish_ranks(start_ranks(__file__, mode, str(tmp_path), world=world), seconds=120)
-    files = [tmp_path / f"said-{rank}.json" for rank in range(world)]
-    said = [json.loads(path.read_text()) if path.exists() else {} for path in files]
-    codes = [code for code, _ in ended]
-    assert all(said) or codes[-1] == -signal.SIGKILL, ended
-    return codes, said
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """A folder with what three ranks have written, of which the last is killed in the end."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ended = finish_ranks(start_ranks(__file__, str(folder), world=3), seconds=120)
+    assert [code for code, _ in ended] == [0, 0, -signal.SIGKILL], ended
+    return folder
 
 
-def check_reports(tmp_path, alone, world: int) -> None:
-    for number, expected in enumerate(alone):
-        found = json.loads(expected)
-        assert found["candidates"], "a case that finds nothing shows nothing"
-        for rank in range(world):
-            assert (tmp_path / f"{number}-{rank}.json").read_text() == expected, (number, rank)
+@pytest.fixture
+def said(ended):
+    """By rank, what it said about each failure."""
+    return [json.loads((ended / f"said-{rank}.json").read_text()) for rank in range(3)]
 
 
-def test_two_ranks_report_what_one_does_and_stop_together(tmp_path, alone):
-    codes, (first, last) = ended(tmp_path, "errors", 2)
-    assert codes == [0, 0]
-    check_reports(tmp_path, alone, 2)
-    for said in (first, last):
-        assert said["texts"].startswith("InvalidInput") and "rank 1 and rank 0" in said["texts"]
-        assert said["weights"].startswith("InvalidInput"), said["weights"]
-    assert last["raises"].startswith("RuntimeError") and "fell off" in last["raises"]
-    assert first["raises"].startswith("RankFailed")
-    assert first["raises"].endswith(
-        ": rank 1 stopped while reading peaks: RuntimeError: the GPU fell off"
-    )
-    assert last["nan"].startswith("NonFiniteActivation")
-    assert "rank 1 stopped while reading peaks: NonFiniteActivation: nan in the" in first["nan"]
-    assert "RuntimeError: the GPU fell off" in first["late"]
-    assert first["silent"].startswith("RankFailed")
-    assert "rank 0 lost the others while reading peaks" in first["silent"]
-    assert "more than 5 s behind" in first["silent"] and "\n" not in first["silent"]
-    assert float(first["silent"].split(" s:")[0].split()[-1]) < 2 * TIMEOUT
-    assert last["silent"].startswith("RankFailed")
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)
+def test_ranks_report_what_one_process_does(ended, alone, number, world):
+    assert json.loads(alone[number])["candidates"], "a case that finds nothing shows nothing"
+    for rank in range(world):
+        assert (ended / f"{number}-{rank}-of-{world}.json").read_text() == alone[number]
 
 
-def test_three_ranks_report_what_one_does_and_outlive_one_that_is_killed(tmp_path, alone):
-    codes, said = ended(tmp_path, "killed", 3)
-    assert codes == [0, 0, -signal.SIGKILL]
-    check_reports(tmp_path, alone, 3)
+@pytest.mark.parametrize("what", ["texts", "weights"])
+def test_ranks_that_scan_different_things_are_refused(said, what):
+    for rank in said:
+        assert re.match("InvalidInput .* rank 2 and rank 0 differ in what they scan", rank[what])
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "message"),
+    [
+        ("raises", "RuntimeError", "the GPU fell off"),
+        ("nan", "NonFiniteActivation", "nan in the output of model.layers.2.mlp.down_proj"),
+        ("late", "RuntimeError", "the GPU fell off"),
+    ],
+)
+def test_an_error_of_one_rank_ends_all(said, failure, kind, message):
+    *others, last = (rank[failure] for rank in said)
+    assert last.startswith(kind) and message in last
+    for other in others:
+        found = re.match(r"RankFailed .*: rank 2 stopped while (.*?): (\w+): (.*)", other)
+        step = "measuring what zeroing costs" if failure == "late" else "reading peaks"
+        assert found and found[1] == step and found[2] == kind and found[3].startswith(message)
+        assert "\n" not in other and seconds(other) < 30
+
+
+def test_a_rank_that_falls_silent_is_waited_for_so_long(said):
+    for rank in (0, 1):
+        found = said[rank]["silent"]
+        assert f"rank {rank} lost the others while reading peaks" in found
+        assert "more than 5 s behind" in found and "\n" not in found
+        assert seconds(found) < 1.9 * TIMEOUT
+    assert said[2]["silent"].startswith("RankFailed")  # it finds that the others have gone
+
+
+def test_the_others_outlive_a_rank_that_is_killed(said):
     for rank in (0, 1):
         found = said[rank]["killed"]
         assert found.startswith("RankFailed") and "lost the others while reading peaks" in found
-        assert float(found.split(" s:")[0].split()[-1]) < 2 * TIMEOUT
+        assert "a state file" in found and seconds(found) < 1.9 * TIMEOUT
+    assert "killed" not in said[2]
+
+
+def seconds(found: str) -> float:
+    return float(re.search(r"after ([\d.]+) s", found)[1])
 
 
 def test_one_process_needs_no_group():
