@@ -8,13 +8,12 @@ seen at the block where the forward goes on: what goes into it must be the same,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from swkernels.errors import SwkernelsError
-from swkernels.models.stepping import Call
+from swkernels.models.stepping import Call, tensors_in
 
 
 class CannotGoOn(SwkernelsError):
@@ -49,7 +48,7 @@ class Carry:
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of it, in a fixed order."""
-        return [t for output in self.outputs.values() for t in _tensors(output)]
+        return [t for output in self.outputs.values() for t in tensors_in(output)]
 
     def to_dict(self) -> dict:
         """Everything but the tensors' values."""
@@ -78,24 +77,13 @@ class Carry:
 def digest_of(call: Call) -> str:
     """A sha256 of the part and of every tensor that goes into it."""
     total = hashlib.sha256(call.part.encode())
-    for tensor in _tensors((call.args, call.kwargs)):
+    for tensor in tensors_in((call.args, call.kwargs)):
         total.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         # A copy: NumPy would keep the memory of the tensor itself from being given back.
         data = real.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
         total.update(memoryview(data.view(torch.uint8).numpy()))
     return total.hexdigest()
-
-
-def _tensors(value) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _kinds(output) -> dict:

@@ -150,7 +150,7 @@ def _scan(model, inputs, tokenizer, eval_inputs, config, progress, source, ranks
     find_down_projections(model)  # a model without any is refused before a text is read
     tokens, windows, source = prepared(model, inputs, eval_inputs, tokenizer, config, source)
     if ranks.size > 1:
-        ranks.check_equal(_what(model, config, tokens, windows), "what they scan")
+        ranks.check_equal(what_is_scanned(model, config, tokens, windows), "what they scan")
     with sampling.evaluating(model):
         runner = sampling.Runner(model)
         handle, record = read_peaks(model, runner, tokens, config, report_progress, ranks)
@@ -183,7 +183,7 @@ def _scan(model, inputs, tokenizer, eval_inputs, config, progress, source, ranks
     return data
 
 
-def _what(model, config: ScanConfig, tokens, windows) -> dict:
+def what_is_scanned(model, config: ScanConfig, tokens, windows) -> dict:
     """What ranks must agree on: the settings, and hashes of the inputs and the model.
 
     Of the weights: names, shapes and dtypes of all, and a few values of each down projection.

@@ -18,13 +18,15 @@ from . import samples as sampling
 from .candidates import find_candidates
 from .document import document
 from .peaks import locator
+from .ranks import Ranks
 from .report import ScanReport
-from .scan import Progress, ScanConfig, configured, prepared
-from .stream import StreamedEvaluator, StreamedPeaks
+from .scan import Progress, ScanConfig, configured, prepared, what_is_scanned
+from .stream_evaluate import StreamedEvaluator
+from .stream_peaks import StreamedPeaks
 from .verify import verify
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 BUDGET = 2 << 30  # bytes of hidden states in host memory
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def scan_stream(
@@ -40,6 +42,8 @@ def scan_stream(
     config: ScanConfig | None = None,
     progress: Progress | None = None,
     text_source: str | None = None,
+    ranks: Ranks | None = None,
+    by_layers: bool = False,
     **settings,
 ) -> ScanReport:
     """Scan a checkpoint that need not fit into memory: ``scan``, layer by layer.
@@ -57,55 +61,57 @@ def scan_stream(
         budget: bytes of host memory for hidden states; the rest waits in a file.
         spill: the folder of that file; None takes the folder for temporary files.
         text_source: what the report calls the text.
+        ranks: the processes that share the work, as of ``scan``. Each reads all layers and passes
+            a part of the samples through them; or
+        by_layers: each reads a range of the layers for the peaks, and passes all samples on.
 
     Raises:
         InvalidInput: as ``scan`` and ``load_model``; the weights are quantized; a file changes.
         SwkernelsError: accelerate or greenlet is not installed.
     """
-    config = configured(config, settings)
-    report = progress or (lambda stage, done, total: None)
-    if budget < 0:
-        raise InvalidInput(f"the budget must be at least 0 bytes, got {budget}")
-    if spill is not None and not Path(spill).is_dir():
-        raise InvalidInput(f"there is no folder {spill} for hidden states: make it or name another")
-    device = loading.check_device(device)
-    if device == "auto":
-        raise InvalidInput("streaming takes one device, got 'auto': name cpu, cuda or cuda:N")
-    loading.check_dtype(dtype)
-    folder = find_checkpoint(source)
-    if not folder.is_dir():
-        raise InvalidInput(
-            f"{folder} is a file: streaming reads a folder of safetensors files with config.json; "
-            "scan a .gguf file in memory"
+    ranks = ranks or Ranks.alone()
+    with ranks.together("scanning"):
+        config = configured(config, settings)
+        device = _checked(device, dtype, budget, spill)
+        folder = find_checkpoint(source)
+        if not folder.is_dir():
+            raise InvalidInput(
+                f"{folder} is a file: streaming reads a folder of safetensors files with "
+                "config.json; scan a .gguf file in memory"
+            )
+        places = stored_places(folder)
+        model, tokenizer = _empty(folder, dtype, trust_remote_code, places)
+        find_down_projections(model)  # a model without any is refused before a text is read
+        tokens, windows, text_source = prepared(
+            model, inputs, eval_inputs, tokenizer, config, text_source
         )
-    places = stored_places(folder)
-    model, tokenizer = _empty(folder, dtype, trust_remote_code, places)
-    projections = find_down_projections(model)
-    tokens, windows, text_source = prepared(
-        model, inputs, eval_inputs, tokenizer, config, text_source
-    )
-    hidden = HiddenStates(budget, None if spill is None else Path(spill))
-    first = next(model.parameters())
-    try:
-        with (
-            loading.quiet(),
-            open_stream(model, places, device, first.dtype) as stream,
-            sampling.evaluating(model),
-        ):
-            runner = sampling.Runner(model)
-            runner.device = stream.device
-            peaks = StreamedPeaks(stream, runner, tokens, config, hidden, report)
-            candidates = find_candidates(peaks.handle.states, peaks.spikes, config)
-            verification = None
-            if config.verify and candidates:
-                windows = [runner.to_device(window) for window in windows]
-                evaluator = StreamedEvaluator(
-                    stream, runner, hidden, windows, projections, config.seed
+        if ranks.size > 1:
+            ranks.check_equal(what_is_scanned(model, config, tokens, windows), "what they scan")
+        hidden = HiddenStates(budget, None if spill is None else Path(spill))
+        weights = next(model.parameters()).dtype
+        progress = progress or (lambda stage, done, total: None)
+        try:
+            with (
+                loading.quiet(),
+                sampling.evaluating(model),
+                open_stream(model, places, device, weights) as stream,
+            ):
+                runner = sampling.Runner(model)
+                runner.device = stream.device
+                peaks = StreamedPeaks(
+                    stream, runner, tokens, config, hidden, progress, ranks, by_layers
                 )
-                verification = verify(candidates, evaluator, config, report)
-            read = stream.bytes_read
-    finally:
-        hidden.close()
+                candidates = find_candidates(peaks.handle.states, peaks.spikes, config)
+                verification = None
+                if config.verify and candidates:
+                    windows = [runner.to_device(window) for window in windows]
+                    projections = [state.projection for state in peaks.handle.states]
+                    evaluator = StreamedEvaluator(
+                        stream, runner, hidden, windows, projections, config.seed, ranks
+                    )
+                    verification = verify(candidates, evaluator, config, progress)
+        finally:
+            hidden.close()
     data = document(
         model,
         tokenizer,
@@ -120,11 +126,28 @@ def scan_stream(
     data["model"].update(
         name=str(source),
         fingerprint=loading.fingerprint(folder),
-        device=str(stream.device),
-        streamed={"bytes_read": read, "hidden_peak": hidden.peak, "hidden_spilled": hidden.spilled},
+        device=device,
+        streamed={
+            "bytes_read": stream.bytes_read,
+            "hidden_peak": hidden.peak,
+            "hidden_spilled": hidden.spilled,
+        },
     )
     data["inputs"]["source"] = text_source
     return ScanReport(data)
+
+
+def _checked(device: str | None, dtype: str | None, budget: int, spill) -> str:
+    """The device, once everything else that can be checked without reading is."""
+    if budget < 0:
+        raise InvalidInput(f"the budget must be at least 0 bytes, got {budget}")
+    if spill is not None and not Path(spill).is_dir():
+        raise InvalidInput(f"there is no folder {spill} for hidden states: make it or name another")
+    loading.check_dtype(dtype)
+    device = loading.check_device(device)
+    if device == "auto":
+        raise InvalidInput("streaming takes one device, got 'auto': name cpu, cuda or cuda:N")
+    return device
 
 
 def _empty(folder: Path, dtype: str | None, trust_remote_code: bool, places):

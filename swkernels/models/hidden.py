@@ -6,6 +6,8 @@ import ctypes
 import os
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,9 +62,9 @@ class HiddenStates:
         self.rest(tensor)
 
     def rest(self, tensor: torch.Tensor) -> None:
-        """Give the memory of a held tensor back, where the budget asks for it."""
-        entry = self._held[_key(tensor)]
-        if entry.away:
+        """Give the memory of a tensor back, where it is held and the budget asks for it."""
+        entry = self._held.get(_key(tensor))
+        if entry is None or entry.away:
             return
         on_host = tensor.device.type == "cpu"
         if not entry.counted and self.used + entry.bytes <= self.budget:
@@ -91,6 +93,18 @@ class HiddenStates:
         else:
             self._read(entry)
         entry.away = False
+
+    @contextmanager
+    def present(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+        """A context in which the values of tensors, held or not, are in their memory."""
+        tensors = list(tensors)
+        for tensor in tensors:
+            self.fetch(tensor)
+        try:
+            yield
+        finally:
+            for tensor in tensors:
+                self.rest(tensor)
 
     def release(self, tensor: torch.Tensor) -> None:
         """Take back one ``hold``. With the last one the tensor is forgotten, fetched or not."""

@@ -7,7 +7,7 @@ block, masks, positions, several states, lives in the paused forward. greenlet m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +34,18 @@ class Call:
         return first if is_state and first.dim() > 1 else None
 
 
+def tensors_in(value) -> Iterator[torch.Tensor]:
+    """Every tensor in nested tuples, lists and dictionaries, in a fixed order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+
+
 @dataclass(eq=False)
 class Job:
     """One forward.
@@ -43,7 +55,7 @@ class Job:
         order: jobs pass a part in this order.
         entering: called before a part runs, with its name.
         passed: called after it, with the ``Call`` and the output, while its weights are there.
-        pausing: called when the forward has paused.
+        pausing: called with the job when its forward has paused.
         keeps_calls: what goes into a block is kept until all jobs have passed it.
         after: the part after which it starts; None: at once.
         played: parts that do not run, and what they return instead. Hidden states among it, that
@@ -54,7 +66,7 @@ class Job:
     order: tuple = ()
     entering: Callable[[str], None] = lambda part: None
     passed: Callable[[Call, object], None] = lambda call, output: None
-    pausing: Callable[[], None] = lambda: None
+    pausing: Callable[[Job], None] = lambda job: None
     keeps_calls: bool = False
     after: str | None = None
     played: dict[str, object] = field(default_factory=dict)
@@ -136,26 +148,22 @@ class Lockstep:
 
     def again(self, call: Call) -> object:
         """Run a part that a job has just passed once more; for ``part_done``."""
-        if call.hidden is None:
+        with self._hidden.present(tensors_in((call.args, call.kwargs))):
             return self._originals[call.part](*call.args, **call.kwargs)
-        self._hidden.fetch(call.hidden)
-        try:
-            return self._originals[call.part](*call.args, **call.kwargs)
-        finally:
-            self._hidden.rest(call.hidden)
 
     def _start(self, dormant: list[Job], passed: str | None, started: list[Job]) -> None:
         starting = [job for job in dormant if job.after == passed]
+        sources = [job.played for job in starting]
         for job in starting:
             dormant.remove(job)
             started.append(job)
             job.fiber = self._greenlet(lambda job=job: setattr(job, "result", job.run()))
-            for output in job.played.values():
-                hidden = output[0] if isinstance(output, tuple) else output
-                self._hidden.fetch(hidden)
+            job.played = dict(job.played)
+            for tensor in tensors_in(job.played):
+                self._hidden.fetch(tensor)
             self._go_on(job)
-        for job in starting:
-            job.played.clear()  # nobody calls those parts again
+        for source in sources:
+            source.clear()  # what it holds is large
         started.sort(key=lambda job: job.order)
 
     def _go_on(self, job: Job) -> None:
@@ -166,11 +174,18 @@ class Lockstep:
             job.fiber.switch()
         finally:
             self._current = before
-        job.pausing()
+        job.pausing(job)
+        if job.waiting is None or self._is_beyond(job.waiting.part, job.played):
+            job.played = {}
         if job.waiting is None:
             job.fiber = None
         elif job.waiting.hidden is not None:
             self._hidden.hold(job.waiting.hidden)
+
+    def _is_beyond(self, part: str, played: dict[str, object]) -> bool:
+        """Whether none of ``played`` will be called any more."""
+        order = self._stream.order
+        return all(order(other) < order(part) for other in played)
 
     def _pass(self, part: str, jobs: list[Job]) -> None:
         """Let every job pass one part."""
