@@ -20,6 +20,7 @@ from .ablate import ablate
 from .analyze import analyze
 from .catalogue import catalogue, verify_catalogue
 from .compare import compare
+from .cut_off import mapped_files_may_shrink
 from .doctor import doctor
 from .evaluate import evaluate
 from .quantize import quantize
@@ -89,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Where it is installed, transformers imports it, and it says which kernels it does without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        code = app(arguments, prog_name="swkernels", standalone_mode=False)
+        with mapped_files_may_shrink(USER_ERROR):
+            code = app(arguments, prog_name="swkernels", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except _ClickException as error:

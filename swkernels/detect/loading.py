@@ -12,6 +12,7 @@ import torch
 
 from swkernels.errors import InvalidInput
 from swkernels.models.checkpoint import INDEX, cached_folder, check_index, read_header
+from swkernels.models.unchanged import unchanged
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -70,9 +71,10 @@ def load_model(
             options["quantization_config"] = quantization_config
         if device == "auto":
             options["device_map"] = "auto"
-        model, info = loader.from_pretrained(
-            where, dtype=_dtype(dtype), output_loading_info=True, **options
-        )
+        with unchanged(_files_of(name_or_path)):
+            model, info = loader.from_pretrained(
+                where, dtype=_dtype(dtype), output_loading_info=True, **options
+            )
     missing = sorted(info["missing_keys"])
     if missing:
         raise InvalidInput(
@@ -157,11 +159,14 @@ def fingerprint(path: str | Path) -> str:
 
 def _fingerprint_of(name_or_path: str | Path) -> str | None:
     """Return the fingerprint of what was loaded; None for a name whose files are not cached."""
+    path = _files_of(name_or_path)
+    return None if path is None else fingerprint(path)
+
+
+def _files_of(name_or_path: str | Path) -> Path | None:
+    """Where the files of a model are; None for a name whose files are not cached."""
     path = Path(name_or_path).expanduser()
-    if path.exists():
-        return fingerprint(path)
-    cached = cached_folder(str(name_or_path))
-    return None if cached is None else fingerprint(cached)
+    return path if path.exists() else cached_folder(str(name_or_path))
 
 
 def source_of(name_or_path: str | Path) -> tuple[str, dict]:

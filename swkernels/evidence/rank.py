@@ -18,6 +18,7 @@ from swkernels.models.checkpoint import Checkpoint, find_checkpoint, open_checkp
 from swkernels.models.kinds import KINDS, module_of, projection_kind, why_left_out
 from swkernels.models.stored import StoredProjection, stored_projections
 from swkernels.models.structure import base_of
+from swkernels.models.unchanged import unchanged
 from swkernels.ops import topk_abs
 
 from . import rank_cache
@@ -73,7 +74,7 @@ def rank(
     kept = rank_cache.cache_file(path, weight_files(path), k, kinds) if cache else None
     ranking = rank_cache.read(kept) if kept is not None else None
     if ranking is None:
-        with open_checkpoint(path) as checkpoint:
+        with unchanged(path), open_checkpoint(path) as checkpoint:
             ranking = _rank(checkpoint, k, kinds, backend, progress)
         if kept is not None:
             rank_cache.write(kept, ranking)
