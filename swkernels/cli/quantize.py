@@ -76,6 +76,7 @@ def quantize(
     """Pack the weights of MODEL in 4 or 8 bits and keep its super weights exactly."""
     from swkernels.detect import loading
     from swkernels.files import in_folder
+    from swkernels.models.unchanged import Watch
     from swkernels.quant.super_weights import read_super_weights
 
     config = _config(
@@ -92,6 +93,7 @@ def quantize(
     with stages(console) as progress:
 
         def make(folder: Path | None):
+            watch = Watch(loading.files_of(model))
             loaded, tokenizer, fingerprint, report = load_quantized(
                 model, config, kept, progress, device=device, dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -105,6 +107,7 @@ def quantize(
                 text = quantized.render_report(report, source)
                 (folder / quantized.REPORT).write_text(text, encoding="utf-8")
                 progress("saving", 1, 1)
+            watch.check()  # what was saved may have been read until now
             reports.append(report)
 
         reports: list = []

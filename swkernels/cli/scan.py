@@ -72,8 +72,10 @@ def scan(
 
     Under torchrun its processes share the work: torchrun --nproc-per-node N -m swkernels scan MODEL
     """
+    from swkernels.detect import loading
     from swkernels.detect import ranks as together
     from swkernels.detect import scan as detection
+    from swkernels.models.unchanged import Watch
 
     settings = {
         "samples": samples,
@@ -101,6 +103,7 @@ def scan(
         with OutputDirectory(output) as folder, stages(console) as progress:
             progress("loading the model", 0, 1)
             with ranks.together("loading the model"):
+                watch = Watch(loading.files_of(model))
                 loaded, tokenizer, fingerprint = load_model(
                     model,
                     device=ranks.device(device),
@@ -120,6 +123,7 @@ def scan(
                 source=source,
                 ranks=ranks,
             )
+            watch.check()
             if output is not None:
                 folder.write(_writers(report))
         _show(report.to_dict(), console, folder.written)

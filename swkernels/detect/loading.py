@@ -71,7 +71,7 @@ def load_model(
             options["quantization_config"] = quantization_config
         if device == "auto":
             options["device_map"] = "auto"
-        with unchanged(_files_of(name_or_path)):
+        with unchanged(files_of(name_or_path)):
             model, info = loader.from_pretrained(
                 where, dtype=_dtype(dtype), output_loading_info=True, **options
             )
@@ -159,11 +159,11 @@ def fingerprint(path: str | Path) -> str:
 
 def _fingerprint_of(name_or_path: str | Path) -> str | None:
     """Return the fingerprint of what was loaded; None for a name whose files are not cached."""
-    path = _files_of(name_or_path)
+    path = files_of(name_or_path)
     return None if path is None else fingerprint(path)
 
 
-def _files_of(name_or_path: str | Path) -> Path | None:
+def files_of(name_or_path: str | Path) -> Path | None:
     """Where the files of a model are; None for a name whose files are not cached."""
     path = Path(name_or_path).expanduser()
     return path if path.exists() else cached_folder(str(name_or_path))
