@@ -11,9 +11,9 @@ from pathlib import Path
 
 from swkernels import __version__
 from swkernels.errors import InvalidInput
-from swkernels.files import write_atomically
+from swkernels.files import read_json, write_atomically
 
-SCHEMA = "swkernels.scan/1"
+from .report_schema import SCHEMA, check_report
 
 
 @dataclass
@@ -51,18 +51,26 @@ class ScanReport:
 
     @classmethod
     def load(cls, path: str | Path) -> ScanReport:
-        """Read a document that ``save`` wrote.
+        """Read a document that ``save`` wrote, as if anyone had (docs/untrusted-files.md).
 
         Raises:
-            InvalidInput: not a report, or of a schema that this version does not read.
+            InvalidInput: not a report, damaged, or of a schema that this version does not read.
         """
         try:
-            data = _decode(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+            document = read_json(path)
+        except InvalidInput as error:
             raise InvalidInput(f"cannot read the report {path}: {error}") from error
-        schema = data.get("schema") if isinstance(data, dict) else None
-        if schema != SCHEMA:
-            raise InvalidInput(f"{path}: expected a report of schema {SCHEMA}, got {schema!r}")
+        return cls.of_document(document, path)
+
+    @classmethod
+    def of_document(cls, document: object, where: object) -> ScanReport:
+        """Check a document that was read as plain JSON; ``where`` names it in messages.
+
+        Raises:
+            InvalidInput: as ``load``.
+        """
+        data = _decode(document)
+        check_report(data, where)
         return cls(data)
 
 
@@ -94,7 +102,9 @@ def encode(value):
 _NUMBERS = {
     "value", "weight", "in_peak", "out_peak", "share", "dominance", "signed_share", "prominence",
     "ratio", "ratio_low", "ratio_high", "kl", "damage", "perplexity", "matched", "ratio_max",
-    "kl_max", "in_median", "out_median", "mean", "std",
+    "kl_max", "in_median", "out_median", "mean", "std", "information", "outlier_gamma",
+    "threshold", "critical_ratio", "mild_ratio", "critical_damage", "mild_damage",
+    "min_information", "spare_share", "in_top", "out_top",
 }  # fmt: skip
 
 
@@ -106,3 +116,6 @@ def _decode(value, key: str | None = None):
     if isinstance(value, list):
         return [_decode(item, key) for item in value]
     return value
+
+
+__all__ = ["SCHEMA", "ScanReport", "encode", "versions"]

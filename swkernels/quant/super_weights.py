@@ -68,4 +68,6 @@ def read_super_weights(source: object, model: nn.Module | None = None) -> Coordi
 def _read_file(path: Path) -> Coordinates:
     document = read_json(path) if path.suffix.lower() == ".json" else None
     is_report = isinstance(document, dict) and document.get("schema") == REPORT
-    return Coordinates.from_report(document) if is_report else Coordinates.load(path)
+    if not is_report:
+        return Coordinates.load(path)
+    return Coordinates.from_report(ScanReport.of_document(document, path))

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from swkernels import ops
+from swkernels.detect.report import ScanReport
 from swkernels.errors import InvalidInput
-from swkernels.files import read_json
 
 from .weights import Site, Weight, down_projection_weights, find_weights
 
@@ -31,7 +31,7 @@ def of_report(report: object, verdicts: Iterable[str]) -> tuple[dict, Shapes]:
     """
     data = getattr(report, "data", report)
     if not isinstance(data, Mapping):
-        data = read_json(data)
+        data = ScanReport.load(data).data
     schema = data.get("schema") if isinstance(data, Mapping) else None
     if schema != _REPORT:
         raise InvalidInput(f"expected a report of schema {_REPORT}, got {schema!r:.200}")

@@ -69,21 +69,25 @@ def weight_set(id: int, members: list[int], verdict: str, ratio: float) -> dict:
     }
 
 
-def layer(index: int, expert: int | None = None, peak: float = 30.0) -> dict:
-    """One entry of ``layers``."""
+def layer(
+    index: int, expert: int | None = None, peak: float = 30.0, shape: tuple = (4096, 11008)
+) -> dict:
+    """One entry of ``layers``, of a matrix of ``shape``."""
     place = {"sample": 0, "position": 3, "text": "The"}
+    rows, columns = shape
+    channel, spike = (7003 + index) % columns, 2533 % rows
     return {
         "layer": index,
         "module": f"model.layers.{index}.mlp.down_proj",
         "expert": expert,
-        "rows": 4096,
-        "columns": 11008,
-        "in_peak": {"value": peak / 3, "channel": 7003 + index, **place},
-        "out_peak": {"value": peak, "channel": 2533, **place},
+        "rows": rows,
+        "columns": columns,
+        "in_peak": {"value": peak / 3, "channel": channel, **place},
+        "out_peak": {"value": peak, "channel": spike, **place},
         "in_median": 1.1,
         "out_median": 4.2,
-        "in_top": [[7003 + index, peak / 3], [12, 1.5]],
-        "out_top": [[2533, peak], [9, 5.5]],
+        "in_top": [[channel, peak / 3], [12, 1.5]],
+        "out_top": [[spike, peak], [9, 5.5]],
         "mean": None,
         "std": None,
     }
@@ -97,6 +101,7 @@ def report(
     experts: int | None = None,
     verified: bool = True,
     summary: str = "A summary.",
+    shape: tuple = (4096, 11008),
 ) -> dict:
     """A whole document; verified is what gives it a baseline and a null."""
     verified = verified and bool(candidates)
@@ -139,7 +144,7 @@ def report(
             "source": "token ids given by the caller",
         },
         "layers": [
-            layer(i, expert, peak=30.0 + 700.0 * (i == 2) + (expert or 0))
+            layer(i, expert, 30.0 + 700.0 * (i == 2) + (expert or 0), shape)
             for i in range(layers)
             for expert in (range(experts) if experts else [None])
         ],
@@ -193,8 +198,8 @@ def none_found() -> dict:
 def mixture() -> dict:
     """A mixture of experts."""
     candidates = [
-        candidate(0, 1, 12, 3456, "super weight", 9.75, expert=63, module="model.layers.1.experts"),
-        candidate(1, 3, 12, 3457, "inert", 1.001, expert=0, module="model.layers.3.experts"),
+        candidate(0, 1, 12, 3456, "super weight", 9.75, expert=63),
+        candidate(1, 3, 12, 3457, "inert", 1.001, expert=0),
     ]
     return report(candidates, experts=64)
 
@@ -204,7 +209,7 @@ def deep() -> dict:
     candidates = [
         candidate(i, 3 * i + 2, 8000 + i, 28000 + i, "inert", 1 + i / 1000) for i in range(24)
     ]
-    return report(candidates, layers=80)
+    return report(candidates, layers=80, shape=(16384, 32768))
 
 
 def single_layer() -> dict:

@@ -215,9 +215,7 @@ def test_super_weights_are_exact_after_loading(dense, files):
 
 def test_super_weights_of_a_report_and_of_a_file(dense, tmp_path):
     document = fake_report.report([fake_report.candidate(0, 1, 3, 4, "super weight", 40.0)])
-    document["layers"] = [
-        fake_report.layer(1) | {"module": DOWN, "rows": 32, "columns": 80}
-    ]  # fmt: skip
+    document["layers"] = [fake_report.layer(1, shape=(32, 80)) | {"module": DOWN}]
     report = ScanReport(document)
     coordinates = Coordinates.from_report(report)
     coordinates.save(tmp_path / "listed.json")

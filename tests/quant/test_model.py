@@ -80,9 +80,11 @@ def test_embeddings_and_head(arch):
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     assert isinstance(embedding, QuantEmbedding) and embedding.packed.plan.code.name == "int8"
-    tied = tiny_model(arch).get_output_embeddings().weight is (
-        tiny_model(arch).get_input_embeddings().weight
-    ) or tiny_model(arch).config.tie_word_embeddings
+    tied = (
+        tiny_model(arch).get_output_embeddings().weight
+        is (tiny_model(arch).get_input_embeddings().weight)
+        or tiny_model(arch).config.tie_word_embeddings
+    )
     assert isinstance(head, TiedQuantLinear if tied else QuantLinear)
     dense = unpacked(model, tiny_model(arch))
     want = logits(dense)
@@ -207,9 +209,8 @@ def test_every_source_of_super_weights(tmp_path):
 
 
 def test_a_report_of_a_scan(tmp_path):
-    document = fake_report.report([fake_report.candidate(0, 1, 3, 5, "super weight", 40.0)])
-    for layer in document["layers"]:
-        layer |= {"rows": 32, "columns": 80}
+    listed = [fake_report.candidate(0, 1, 3, 5, "super weight", 40.0)]
+    document = fake_report.report(listed, shape=(32, 80))
     report = ScanReport(document)
     report.save(tmp_path / "report.json")
     for source in (document, report, tmp_path / "report.json"):

@@ -219,7 +219,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "c.json"
     of([[0, 0]]).save(path)
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError):
+    with pytest.raises(InvalidInput, match="full"):
         of([[1, 1]]).save(path)
     assert Coordinates.load(path) == of([[0, 0]])
     assert [p.name for p in tmp_path.iterdir()] == ["c.json"]
