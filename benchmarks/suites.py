@@ -45,6 +45,7 @@ OPERATIONS = (
     "perplexity",
     "choices",
     "ablation",
+    "streamed_scan",
 )
 SUITES = ("cpu", "gpu", "models")
 
@@ -102,6 +103,11 @@ def cases(
             from benchmarks.models import ablation
 
             yield ablation.case(device)
+        if "streamed_scan" in ops:
+            from benchmarks.models import streamed_scan
+
+            for dtype in ("float32", "bfloat16"):
+                yield streamed_scan.case(dtype, device)
         if "topk_abs" in ops and device.type == "cpu":
             from benchmarks.models import topk_checkpoint
 

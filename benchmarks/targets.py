@@ -230,6 +230,17 @@ TARGETS = [
         )
         for dtype in ("float32", "bfloat16")
     ),
+    *(
+        Target(
+            f"scan of SmolLM2 layer by layer over loading it and scanning in memory, {dtype}",
+            "cpu",
+            "streamed_scan",
+            {"dtype": dtype},
+            over_bare,
+            1.15,
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
     Target(
         "an ablation of SmolLM2 with 4 conditions over 4 evaluations, float32",
         "cpu",
