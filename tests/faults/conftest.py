@@ -1,4 +1,4 @@
-"""What the tests of faults share: the process that runs commands, and a checkpoint to run them on."""
+"""The process that runs commands, and a checkpoint to run them on."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def _serve() -> None:
     import transformers  # noqa: F401
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
-    import swkernels.integrations.transformers
+    import swkernels.integrations.transformers  # noqa: F401
     from swkernels.cli import main
     from swkernels.detect import page, plots, scan, table  # noqa: F401
     from swkernels.evidence import rank  # noqa: F401
