@@ -8,10 +8,12 @@ from datetime import datetime, timezone
 import torch
 
 from swkernels import ops
+from swkernels.models import DownProjection
 
 from .candidates import Candidate
 from .criteria import outlier_threshold
 from .evaluate import Measurement
+from .mixtures import FIGURES, super_experts, unseen_sentence
 from .report import SCHEMA, versions
 from .tracking import ProjectionState
 from .verify import (
@@ -42,6 +44,8 @@ def document(
         for i, c in enumerate(candidates)
     ]
     sets = _set_entries(verification)
+    layers, unseen = _layer_entries(states, sum(map(len, tokens)), config, locate, text)
+    supers = super_experts(listed, sets, layers)
     parameters = sum(p.numel() for p in model.parameters())
     first = next(model.parameters())
     return {
@@ -62,9 +66,11 @@ def document(
             "length": max(len(sample) for sample in tokens),
             "special_tokens": config.special_tokens,
         },
-        "layers": _layer_entries(states, config, locate, text),
+        "layers": layers,
+        "unseen": unseen,
         "candidates": listed,
         "sets": sets,
+        "super_experts": supers,
         "baseline": None
         if verification is None
         else {
@@ -84,15 +90,36 @@ def document(
             "matched": verification.null.matched,
         },
         "consistency": consistency.to_dict(),
-        "summary": summarize(listed, sets) + _caveat(verification, config),
+        "summary": " ".join(
+            filter(
+                None,
+                (
+                    summarize(listed, sets, partial=bool(unseen)),
+                    _super_sentence(supers),
+                    unseen_sentence({"layers": layers, "unseen": unseen}),
+                    _caveat(verification, config),
+                ),
+            )
+        ),
     }
 
 
-def _layer_entries(states: list[ProjectionState], config, locate, text) -> list[dict]:
-    entries = []
+def _layer_entries(
+    states: list[ProjectionState], tokens: int, config, locate, text
+) -> tuple[list[dict], list[dict]]:
+    """The entries of what tokens have reached, and of the experts that none has."""
+    entries: list[dict] = []
+    unseen: list[dict] = []
     sites = [(state, site) for state in states for site in state.peaks()]
     for state, site in sites:
-        if int(site.outputs.tokens.max()) < 0:
+        place = {
+            "layer": site.layer,
+            "module": site.name,
+            "expert": site.expert,
+            "mixture": _mixture(state.projection),
+        }
+        if not site.routed:
+            unseen.append(place)
             continue
         mean = std = None
         if state.moments is not None:
@@ -101,9 +128,9 @@ def _layer_entries(states: list[ProjectionState], config, locate, text) -> list[
             std = outlier_threshold(*moments, 1.0) - mean
         entries.append(
             {
-                "layer": site.layer,
-                "module": site.name,
-                "expert": site.expert,
+                **place,
+                "routed": site.routed,
+                "routed_share": site.routed / tokens,
                 "rows": state.projection.rows,
                 "columns": state.projection.columns,
                 "in_peak": _peak_entry(site.inputs, locate, text),
@@ -116,7 +143,17 @@ def _layer_entries(states: list[ProjectionState], config, locate, text) -> list[
                 "std": std,
             }
         )
-    return entries
+    return entries, unseen
+
+
+def _mixture(projection: DownProjection) -> str | None:
+    """The path of the module that routes tokens to this expert; None of a dense projection."""
+    if projection.scope is None:
+        return None
+    for name, module in projection.block.named_modules():
+        if module is projection.scope:
+            return f"{projection.block_name}.{name}" if name else projection.block_name
+    return projection.name
 
 
 def _peak_entry(peaks: ops.Peaks, locate, text) -> dict:
@@ -170,8 +207,7 @@ def _candidate_entry(
 
 
 def _measured(m: Measurement, measured: bool) -> dict:
-    names = ("perplexity", "ratio", "ratio_low", "ratio_high", "kl", "damage")
-    return {name: getattr(m, name) if measured else None for name in names}
+    return {name: getattr(m, name) if measured else None for name in FIGURES}
 
 
 def _reason(c: Candidate, entry: dict) -> str:
@@ -209,20 +245,21 @@ def _set_entries(verification: Verification | None) -> list[dict]:
     return entries
 
 
-def summarize(candidates: list[dict], sets: list[dict]) -> str:
-    """Say in a sentence what a scan found."""
+def summarize(candidates: list[dict], sets: list[dict], partial: bool = False) -> str:
+    """Say in a sentence what a scan found; ``partial``: there are experts that were not seen."""
+    none = "None found in what tokens reached" if partial else "None found"
 
     def count(verdict: str) -> int:
         return sum(c["verdict"] == verdict for c in candidates)
 
     if not candidates:
-        return "None found: no output channel of a down projection stands out by one weight."
+        return f"{none}: no output channel of a down projection stands out by one weight."
     if candidates[0]["verdict"] == CANDIDATE:
         return f"{len(candidates)} candidates, not verified by measurement."
     critical = [s for s in sets if s["verdict"] == CRITICAL_SET]
     rest = f"{count(MILD)} mild, {count(INERT)} inert."
     if not count(SUPER_WEIGHT) and not critical:
-        return f"None found: {len(candidates)} candidates spike, none ruins the model; {rest}"
+        return f"{none}: {len(candidates)} candidates spike, none ruins the model; {rest}"
     alone = [_name(c) for c in candidates if c["verdict"] == SUPER_WEIGHT]
     found = [f"{len(alone)} super weight{'s' * (len(alone) != 1)}: {', '.join(alone)}"] * bool(
         alone
@@ -234,11 +271,18 @@ def summarize(candidates: list[dict], sets: list[dict]) -> str:
     return f"{'; '.join(found)}; {part} more part of a critical set, {rest}"
 
 
+def _super_sentence(supers: list[dict]) -> str:
+    if not supers:
+        return ""
+    names = ", ".join(f"layer {e['layer']} expert {e['expert']}" for e in supers)
+    return f"{len(supers)} super expert{'s' * (len(supers) != 1)}: {names}."
+
+
 def _caveat(verification: Verification | None, config) -> str:
     if verification is None or verification.baseline.information >= config.min_information:
         return ""
     return (
-        f" The intact model's predictions carry only {verification.baseline.information:.2g} "
+        f"The intact model's predictions carry only {verification.baseline.information:.2g} "
         "nats about this text, so verdicts rest on how much they change, not on perplexity."
     )
 

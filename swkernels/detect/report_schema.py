@@ -50,6 +50,7 @@ _PEAK = Fields(
     {"value": MAGNITUDE, "channel": COUNT, "sample": COUNT, "position": COUNT, "text": Maybe(TEXT)}
 )
 _TOP = ListOf(Row((COUNT, MAGNITUDE)))
+_COUNTED = {"mixture": Maybe(TEXT), "routed": COUNT, "routed_share": Number(0)}
 _LAYER = Fields(
     {
         "layer": COUNT,
@@ -65,7 +66,8 @@ _LAYER = Fields(
         "out_top": _TOP,
         "mean": Maybe(NUMBER),
         "std": Maybe(MAGNITUDE),
-    }
+    },
+    _COUNTED,
 )
 _CANDIDATE = Fields(
     {
@@ -98,6 +100,19 @@ _SET = Fields(
         "leave_one_out": ListOf(Fields({"candidate": COUNT, **_MEASURED}), 0, _MOST_LISTED),
         "verdict": OneOf(SET_VERDICTS),
         "reason": TEXT,
+    }
+)
+_UNSEEN = Fields({name: _PLACE[name] for name in ("layer", "module", "expert")}, _COUNTED)
+_SUPER_EXPERT = Fields(
+    {
+        "layer": COUNT,
+        "module": TEXT,
+        "expert": COUNT,
+        **_COUNTED,
+        "candidates": ListOf(COUNT, 1, _MOST_LISTED),
+        "sets": ListOf(COUNT, 0, _MOST_LISTED),
+        "zeroed": ListOf(COUNT, 1, _MOST_LISTED),
+        **_MEASURED,
     }
 )
 _TIERS = ("100 %", ">= 50 %", ">= 20 %", "any")
@@ -170,7 +185,8 @@ _REPORT = Fields(
         ),
         "consistency": _CONSISTENCY,
         "summary": TEXT,
-    }
+    },
+    {"unseen": ListOf(_UNSEEN), "super_experts": ListOf(_SUPER_EXPERT, 0, _MOST_LISTED)},
 )
 _VERSIONS = MapOf(Maybe(Text(256)))
 
@@ -230,6 +246,12 @@ def _check_references(data: Mapping) -> None:
         for entry in (s, *s["leave_one_out"]):
             if None in (entry[name] for name in _MEASURED):
                 raise ValueError(f"set {s['id']} is measured in part")
+    for e in data.get("super_experts", ()):
+        for listed, named in (("candidates", e["candidates"] + e["zeroed"]), ("sets", e["sets"])):
+            if any(number >= len(data[listed]) for number in named):
+                raise ValueError(f"a super expert names {listed} that are not there")
+        if None in (e[name] for name in _MEASURED):
+            raise ValueError("a super expert is measured in part")
     if (data["baseline"] is None) != (data["null_distribution"] is None):
         raise ValueError("it has a baseline or a null distribution alone")
     samples = data["consistency"]["samples"]

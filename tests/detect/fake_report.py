@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from swkernels.detect.mixtures import super_experts
 from swkernels.detect.scan import ScanConfig
 
 METHODS = {"dominance": True, "outlier": None, "threshold": False}
@@ -75,11 +76,15 @@ def layer(
     """One entry of ``layers``, of a matrix of ``shape``."""
     place = {"sample": 0, "position": 3, "text": "The"}
     rows, columns = shape
+    routed = 2048 if expert is None else 17 + (expert * 37 + index) % 113
     channel, spike = (7003 + index) % columns, 2533 % rows
     return {
         "layer": index,
         "module": f"model.layers.{index}.mlp.down_proj",
         "expert": expert,
+        "mixture": None if expert is None else f"model.layers.{index}.mlp",
+        "routed": routed,
+        "routed_share": routed / 2048,
         "rows": rows,
         "columns": columns,
         "in_peak": {"value": peak / 3, "channel": channel, **place},
@@ -99,11 +104,15 @@ def report(
     *,
     layers: int = 6,
     experts: int | None = None,
+    unseen: set[tuple[int, int]] = frozenset(),
     verified: bool = True,
     summary: str = "A summary.",
     shape: tuple = (4096, 11008),
 ) -> dict:
-    """A whole document; verified is what gives it a baseline and a null."""
+    """A whole document; verified is what gives it a baseline and a null.
+
+    ``unseen``: (layer, expert) of the experts that no token reached.
+    """
     verified = verified and bool(candidates)
     positions = [
         {
@@ -147,9 +156,20 @@ def report(
             layer(i, expert, 30.0 + 700.0 * (i == 2) + (expert or 0), shape)
             for i in range(layers)
             for expert in (range(experts) if experts else [None])
+            if (i, expert) not in unseen
+        ],
+        "unseen": [
+            {
+                "layer": i,
+                "module": f"model.layers.{i}.mlp.down_proj",
+                "expert": expert,
+                "mixture": f"model.layers.{i}.mlp",
+            }
+            for i, expert in sorted(unseen)
         ],
         "candidates": list(candidates),
         "sets": list(sets),
+        "super_experts": [],
         "baseline": {"perplexity": 16.754, "tokens": 1530, "windows": 6, "information": 3.0443}
         if verified
         else None,
@@ -196,12 +216,22 @@ def none_found() -> dict:
 
 
 def mixture() -> dict:
-    """A mixture of experts."""
+    """A mixture of experts: one super expert, and experts that no token reached."""
     candidates = [
         candidate(0, 1, 12, 3456, "super weight", 9.75, expert=63),
         candidate(1, 3, 12, 3457, "inert", 1.001, expert=0),
     ]
-    return report(candidates, experts=64)
+    unseen = {(0, 5), (4, 0), (4, 1), (4, 2), (4, 63)}
+    document = report(candidates, experts=64, unseen=unseen)
+    document["super_experts"] = super_experts(candidates, [], document["layers"])
+    return document
+
+
+def large_mixture() -> dict:
+    """128 experts in each of 94 layers, many of them unseen."""
+    unseen = {(i, e) for i in range(94) for e in range(128) if (i * 31 + e * 17) % 23 == 0}
+    unseen |= {(93, e) for e in range(0, 128, 2)}
+    return report(layers=94, experts=128, unseen=unseen, summary="None found in what was read.")
 
 
 def deep() -> dict:
@@ -263,6 +293,7 @@ ALL = {
         found,
         none_found,
         mixture,
+        large_mixture,
         deep,
         single_layer,
         unverified,

@@ -248,7 +248,8 @@ def test_spikes_show_the_strongest_expert_and_name_its_channel():
     document = fake_report.mixture()
     before = plots.spikes_svg(document)
     assert "ch 2533" in before and "ch 4001" not in before
-    document["layers"][2 * 64 + 5]["out_peak"].update(value=1e6, channel=4001)
+    entry = next(e for e in document["layers"] if (e["layer"], e["expert"]) == (2, 5))
+    entry["out_peak"].update(value=1e6, channel=4001)
     assert "ch 4001" in plots.spikes_svg(document)
 
 
