@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -30,9 +30,15 @@ Coordinate = tuple[DownProjection, "int | None", int, int]  # projection, expert
 Place = tuple[torch.Tensor, int, int]  # a weight as a matrix without its history, row, column
 
 
-def zeroed(coordinates: list[Coordinate]):
+@contextmanager
+def zeroed(coordinates: list[Coordinate]) -> Iterator[None]:
     """A context in which weights are zero; see ``scaled``."""
-    return scaled(((p.matrix(e).detach(), row, column) for p, e, row, column in coordinates), 0.0)
+    with ExitStack() as held:
+        for projection in dict.fromkeys(coordinate[0] for coordinate in coordinates):
+            held.enter_context(projection.held())
+        places = ((p.matrix(e).detach(), row, column) for p, e, row, column in coordinates)
+        with scaled(places, 0.0):
+            yield
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from swkernels.errors import InvalidInput
+from swkernels.models.offloaded import execution_device
 
 
 def as_samples(
@@ -119,6 +120,8 @@ class Runner:
         embed = getattr(model, "get_input_embeddings", lambda: None)()
         weight = getattr(embed, "weight", None)
         self.device = next(model.parameters()).device if weight is None else weight.device
+        if self.device.type == "meta" and embed is not None:  # offloaded between forwards
+            self.device = execution_device(embed) or self.device
 
     def to_device(self, ids: torch.Tensor) -> torch.Tensor:
         return ids.to(self.device)

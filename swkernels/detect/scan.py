@@ -180,6 +180,7 @@ def _scan(model, inputs, tokenizer, eval_inputs, config, progress, source, ranks
         record.consistency(),
     )
     data["inputs"]["source"] = source
+    data["model"]["device"] = str(runner.device)  # its first weight may be offloaded
     return data
 
 

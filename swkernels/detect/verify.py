@@ -163,7 +163,8 @@ def draw_null(
     for draw in range(draws if candidates else 0):
         candidate = candidates[draw % len(candidates)]
         ready(candidate.projection)
-        matrix = candidate.projection.matrix(candidate.expert).detach()
+        with candidate.projection.held():
+            matrix = candidate.projection.matrix(candidate.expert).detach()
         distance = (matrix.abs().float() - abs(candidate.weight)).abs()
         for other in candidates:
             if other.projection is candidate.projection and other.expert == candidate.expert:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 from swkernels.errors import InvalidInput, SwkernelsError
 
 from .fused import fused_weight
+from .offloaded import held_weight, holding
 from .structure import (
     Stack,
     base_of,
@@ -98,6 +100,9 @@ class DownProjection:
                 view; or the expert is none of its experts.
         """
         weight = self.weight
+        if getattr(weight, "is_meta", False):
+            held = held_weight(self.module, self.parameter)
+            weight = weight if held is None else held
         if getattr(weight, "is_expert_stack", False):
             raise InvalidInput(
                 f"{self.name} is packed ({weight.extra_repr()}): expected a floating-point weight; "
@@ -131,7 +136,12 @@ class DownProjection:
         Raises:
             InvalidInput: as ``matrix`` does.
         """
-        return self.matrix(expert)[row].detach().float().cpu()
+        with self.held():
+            return self.matrix(expert)[row].detach().float().cpu()
+
+    def held(self) -> AbstractContextManager[None]:
+        """A context in which ``matrix`` works for a weight that accelerate has offloaded, too."""
+        return holding(self.module, self.parameter)
 
     def view(self, weight: torch.Tensor, expert: int | None = None) -> torch.Tensor:
         """Return a tensor of the weight's shape, such as its gradient, as a view [rows, columns].
