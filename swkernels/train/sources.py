@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -24,6 +25,16 @@ _DOWN = re.compile(r"(^|[._])(down|w2|fc2|wo|output|out|contract)(_\w+)?(\.weigh
 _ATTENTION = re.compile(r"attn|attention", re.I)
 
 Reader = Callable[[Site], torch.Tensor]
+Placed = tuple[str, torch.Tensor]
+
+
+class Tensors(Protocol):
+    """Named tensors that may be on disk, such as a ``Checkpoint``."""
+
+    label: str
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor."""
 
 
 def open_weights(
@@ -52,6 +63,25 @@ def open_weights(
     return lambda site: stored[site].read(tensors)
 
 
+def locate(tensors: Tensors, shapes: Mapping[Site, tuple[int, int]]) -> dict[Site, Placed]:
+    """Say where the weights of a checkpoint are, whatever they hold; nothing is read.
+
+    Args:
+        tensors: their names and shapes.
+        shapes: (D, H) of each weight.
+
+    Returns:
+        By site, the name of a tensor, and the weight as a matrix [D, H] on the meta device: its
+        offset and strides are those of the weight in that tensor.
+
+    Raises:
+        InvalidInput: not there, of another shape, or of a layout that cannot be told.
+    """
+    catalog = _Catalog(tensors)
+    stored = {site: catalog.locate(site, shape) for site, shape in shapes.items()}
+    return {site: (found.key, found.read(_Empty(tensors))) for site, found in stored.items()}
+
+
 def _effective(target: Target) -> torch.Tensor:
     """The weight that the model computes with: its own, plus sparse deltas that are not merged."""
     matrix = target.read()
@@ -62,6 +92,16 @@ def _effective(target: Target) -> torch.Tensor:
         index = pattern.rows.long().to(matrix.device), pattern.cols.long().to(matrix.device)
         matrix[index] += values.to(matrix)
     return matrix
+
+
+class _Empty:
+    """Named tensors of a checkpoint, on the meta device."""
+
+    def __init__(self, tensors: Tensors):
+        self._shapes = tensors.shapes()
+
+    def read(self, key: str, index=...) -> torch.Tensor:
+        return torch.empty(self._shapes[key], device="meta")[index]
 
 
 class _StateDict:
@@ -106,7 +146,7 @@ class _Stored:
     shape: tuple[int, int]
     expert: int | None = None
 
-    def read(self, tensors: _StateDict | Checkpoint) -> torch.Tensor:
+    def read(self, tensors: _StateDict | Checkpoint | _Empty) -> torch.Tensor:
         H = self.shape[1]
         if self.layout == "ei_o":
             return tensors.read(self.key, slice(self.expert * H, (self.expert + 1) * H)).T
@@ -117,16 +157,20 @@ class _Stored:
 class _Catalog:
     """The names and shapes of the tensors of a checkpoint."""
 
-    def __init__(self, tensors: _StateDict | Checkpoint):
+    def __init__(self, tensors: Tensors):
         self._tensors = tensors
         self._shapes = tensors.shapes()
         self._in_block: dict[str, list[str]] = {}
         for key in self._shapes:
             self._in_block.setdefault(block_of(key), []).append(key)
 
+    def locate(self, site: Site, shape: tuple[int, int]) -> _Stored:
+        """Return where the weight of ``site`` is stored, in whatever dtype."""
+        return self._dense(site, shape) if site.expert is None else self._expert(site, shape)
+
     def find(self, site: Site, shape: tuple[int, int]) -> _Stored:
         """Return where the weight of ``site`` is stored; see ``open_weights``."""
-        found = self._dense(site, shape) if site.expert is None else self._expert(site, shape)
+        found = self.locate(site, shape)
         dtype = self._tensors.dtype(found.key)
         if dtype is None or not readable(dtype):
             raise InvalidInput(
