@@ -10,8 +10,17 @@ from pathlib import Path
 
 import torch
 
+from swkernels.documents import Fields, Maybe, Text, check_document
 from swkernels.errors import InvalidInput
-from swkernels.models.checkpoint import INDEX, cached_folder, check_index, read_header
+from swkernels.files import CONFIG, read_json
+from swkernels.models.checkpoint import (
+    INDEX,
+    cached_folder,
+    check_index,
+    read_header,
+    read_index,
+)
+from swkernels.models.gguf_head import check_gguf_head
 from swkernels.models.unchanged import unchanged
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -19,6 +28,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _GGUF_HEAD = 1 << 20
 _LONGEST_REASON = 300
+_CONFIG = Fields({}, {"model_type": Maybe(Text(256))})
 
 
 def load_model(
@@ -63,6 +73,8 @@ def load_model(
         encoder_decoder = getattr(config, "is_encoder_decoder", False)
         loader = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        if not Path(where).is_dir():
+            _check_hub_index(where)
         if "gguf_file" in options:
             options |= _unpacking()
         else:
@@ -204,9 +216,7 @@ def _unpacking() -> dict:
 
 
 def _check_gguf(path: Path) -> None:
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise InvalidInput(f"{path} is not a GGUF file: its first bytes are not GGUF")
+    check_gguf_head(path)
     for library in ("gguf", "accelerate"):
         try:
             __import__(library)
@@ -221,6 +231,7 @@ def _check_directory(path: Path) -> None:
         raise InvalidInput(
             f"{path} has no config.json: give the directory that save_pretrained wrote"
         )
+    _check_config(path / "config.json")
     files = sorted(path.glob("*.safetensors"))
     if not files:
         pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
@@ -235,6 +246,26 @@ def _check_directory(path: Path) -> None:
         read_header(file)
     if (path / INDEX).is_file():
         check_index(path, {file.name for file in files})
+
+
+def _check_config(path: Path) -> None:
+    config = read_json(path, limits=CONFIG, special=True)  # transformers writes Infinity
+    check_document(config, _CONFIG, path)
+
+
+def _check_hub_index(name: str) -> None:
+    """Refuse an index on the hub that names pickled weights; transformers would load them."""
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        name,
+        INDEX,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is not None:
+        read_index(Path(path))
 
 
 @contextmanager

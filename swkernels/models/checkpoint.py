@@ -155,6 +155,29 @@ def weight_files(path: Path) -> list[Path]:
     return present
 
 
+def read_index(where: Path) -> dict[str, str]:
+    """Return the file of each tensor as an index says, without a look at the files.
+
+    Raises:
+        InvalidInput: the index is damaged, or names something that is no file of weights in its
+            own folder.
+    """
+    try:
+        document = read_json(where, limits=_INDEX_LIMITS)
+        check_document(document, _INDEX_FIELDS, where)
+    except InvalidInput as error:
+        raise InvalidInput(f"{where} is unreadable: download it again ({error})") from error
+    folded: dict[str, str] = {}
+    for name in sorted(set(document["weight_map"].values())):
+        _check_file_name(where, name)
+        other = folded.setdefault(name.casefold(), name)
+        if other != name:  # one file where capitals do not count, two elsewhere
+            raise InvalidInput(
+                f"{where} names {other} and {name}, which differ by capitals alone: rename one"
+            )
+    return document["weight_map"]
+
+
 def check_index(path: Path, present: set[str]) -> set[str]:
     """Return the names of the files that the index in folder ``path`` lists, checked against them.
 
@@ -165,23 +188,8 @@ def check_index(path: Path, present: set[str]) -> set[str]:
             very folder, or one of its files is not ``present``, damaged, or lacks a tensor; or a
             tensor is in two of them.
     """
-    where = path / INDEX
-    try:
-        document = read_json(where, limits=_INDEX_LIMITS)
-        check_document(document, _INDEX_FIELDS, where)
-    except InvalidInput as error:
-        raise InvalidInput(f"{where} is unreadable: download it again ({error})") from error
-    places = document["weight_map"]
+    places = read_index(path / INDEX)
     wanted = set(places.values())
-    for name in sorted(wanted):
-        _check_file_name(where, name)
-    folded: dict[str, str] = {}
-    for name in sorted(wanted):
-        other = folded.setdefault(name.casefold(), name)
-        if other != name:  # one file where capitals do not count, two elsewhere
-            raise InvalidInput(
-                f"{where} names {other} and {name}, which differ by capitals alone: rename one"
-            )
     missing = [path / name for name in sorted(wanted - present)]
     if missing:
         raise InvalidInput(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -140,8 +141,16 @@ def test_missing_parts(copy, tmp_path):
 
 
 def test_bad_config(copy):
-    (copy / "config.json").write_text("{ not json")
-    assert f"cannot load {copy}" in refused(copy)
+    for text, reason in (
+        ("{ not json", "as JSON"),
+        ("[]", "expected an object"),
+        ('{"model_type": 5}', "expected a text of 0 to 256 characters at model_type, got 5"),
+        ('{"model_type": "llama", "model_type": "gpt2"}', "the key 'model_type' twice"),
+        ("[" * 100_000, "nested deeper than 64"),
+    ):
+        (copy / "config.json").write_text(text)
+        message = refused(copy)
+        assert reason in message and f"{copy / 'config.json'}" in message
     (copy / "config.json").write_text('{"model_type": "no-such-type"}')
     assert f"cannot load {copy}" in refused(copy)
 
@@ -160,14 +169,34 @@ def test_weights_that_are_not_there_are_not_made_up(copy):
     assert "lacks 1 weights of a LlamaForCausalLM, model.layers.1.mlp.down_proj" in refused(copy)
 
 
-def test_remote_code_does_not_run_unless_asked(copy, tmp_path):
+def test_remote_code_does_not_run_unless_asked(checkpoint, copy, tmp_path):
     mark = tmp_path / "ran"
     (copy / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
     (copy / "config.json").write_text(
         '{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}'
     )
-    assert "trust-remote-code" in refused(copy)
+    assert "it comes with Python code of its own; --trust-remote-code runs it" in refused(copy)
+    # Of a type that transformers has, its own class is taken.
+    known = json.loads((checkpoint / "config.json").read_text())
+    known["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (copy / "config.json").write_text(json.dumps(known))
+    assert type(loading.load_model(copy, device="cpu")[0]).__name__ == "LlamaForCausalLM"
     assert not mark.exists()
+
+
+def test_infinity_in_a_config_is_none_of_ours(copy):
+    text = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(text.replace("{", '{"time_step_limit": [0.0, Infinity],', 1))
+    assert loading.source_of(copy) == (str(copy), {})
+
+
+def test_an_index_on_the_hub_that_names_pickles(tmp_path, monkeypatch):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"metadata": {}, "weight_map": {"a": "pytorch_model.bin"}}')
+    monkeypatch.setattr("transformers.utils.cached_file", lambda *_, **__: str(index))
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: None)
+    assert "names the file 'pytorch_model.bin': expected the plain name" in refused("some/model")
 
 
 @pytest.mark.parametrize("device", ["gpu9", "cuda:99", "meta", ""])
@@ -206,6 +235,8 @@ def test_gguf_is_checked_first(tmp_path, monkeypatch):
     file.write_bytes(b"nothing")
     assert "is not a GGUF file" in refused(file)
     file.write_bytes(b"GGUF" + bytes(60))
+    assert "expected version 2 or 3, got 0" in refused(file)
+    file.write_bytes(b"GGUF\x03" + bytes(19))  # no tensor and no field
     assert f"cannot load {file}" in refused(file)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "swkernels[gguf]" in refused(file)
@@ -263,4 +294,6 @@ def test_gguf(tmp_path):
     assert loading.fingerprint(tmp_path / "b.gguf") != first
     half = tmp_path / "half.gguf"
     half.write_bytes((tmp_path / "a.gguf").read_bytes()[:-20000])
+    assert f"{half} is not a GGUF file that can be read: a tensor begins" in refused(half)
+    half.write_bytes((tmp_path / "a.gguf").read_bytes()[:-2000])
     assert f"cannot load {half}" in refused(half)
