@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
 from swkernels.backends.blocks import to_blocks
 from swkernels.backends.plan import Plan
+from swkernels.documents import (
+    COUNT,
+    MAGNITUDE,
+    NUMBER,
+    TEXT,
+    Fields,
+    Integer,
+    ListOf,
+    Maybe,
+    Row,
+    check_document,
+)
 from swkernels.errors import InvalidInput
 from swkernels.files import read_json, write_atomically
 from swkernels.ops.quantized import QuantizedTensor
@@ -20,6 +32,31 @@ from .config import QuantConfig
 
 SCHEMA = "swkernels.quantize/1"
 _PIECE = 1 << 18  # elements that are compared together
+_BYTES = {"bytes_before": COUNT, "bytes_after": COUNT}
+_REPORT = Fields(
+    {
+        "model": TEXT,
+        "config": Fields({}),
+        "layers": ListOf(
+            Fields(
+                {
+                    "name": TEXT,
+                    "expert": Maybe(COUNT),
+                    "shape": Row((Integer(1), Integer(1))),
+                    "bits": Integer(1, 16),
+                    "error": MAGNITUDE,
+                    "worst_block": COUNT,
+                    "worst_error": MAGNITUDE,
+                    "super_weights": ListOf(Row((COUNT, COUNT, NUMBER))),
+                    "largest": COUNT,
+                    **_BYTES,
+                }
+            )
+        ),
+        "left_out": ListOf(Fields({"name": TEXT, "reason": TEXT})),
+        "total": Fields(_BYTES),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -136,22 +173,29 @@ class QuantReport:
         schema = data.get("schema") if isinstance(data, dict) else None
         if schema != SCHEMA:
             raise InvalidInput(f"{path}: expected a report of schema {SCHEMA}, got {schema!r:.200}")
+        check_document(data, _REPORT, path)
+        own = [field.name for field in fields(LayerReport)]
+        layers = [
+            LayerReport(**{name: layer[name] for name in own} | {
+                "shape": tuple(layer["shape"]),
+                "super_weights": tuple(map(tuple, layer["super_weights"])),
+            })
+            for layer in data["layers"]
+        ]  # fmt: skip
+        for layer in layers:
+            D, H = layer.shape
+            if any(row >= D or column >= H for row, column, _ in layer.super_weights):
+                raise InvalidInput(f"{path} is damaged: a super weight outside of {layer.name}")
+        left_out = [(entry["name"], entry["reason"]) for entry in data["left_out"]]
         try:
-            layers = [
-                LayerReport(**layer | {
-                    "shape": tuple(layer["shape"]),
-                    "super_weights": tuple(map(tuple, layer["super_weights"])),
-                })
-                for layer in data["layers"]
-            ]  # fmt: skip
-            left_out = [(entry["name"], entry["reason"]) for entry in data["left_out"]]
-            total = data["total"]
-            return cls(
-                data["model"], QuantConfig.from_dict(data["config"]), tuple(layers),
-                tuple(left_out), total["bytes_before"], total["bytes_after"],
-            )  # fmt: skip
-        except (KeyError, TypeError) as error:
+            config = QuantConfig.from_dict(data["config"])
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise InvalidInput(f"{path} is damaged ({type(error).__name__} {error})") from error
+        total = data["total"]
+        return cls(
+            data["model"], config, tuple(layers), tuple(left_out), total["bytes_before"],
+            total["bytes_after"],
+        )  # fmt: skip
 
     def table(self):
         """The layers as a table for a console of rich; the experts of a stack in one row."""

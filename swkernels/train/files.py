@@ -6,10 +6,17 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from swkernels.documents import COUNT, TEXT, Fields, Integer, ListOf, Maybe, Row, check_document
 from swkernels.errors import InvalidInput
-from swkernels.files import read_json, write_atomically
+from swkernels.files import parse_json, read_json, write_atomically
+from swkernels.models.safetensors_header import load_header
 
 SCHEMA = "swkernels.coordinates/1"
+_WEIGHT = {"name": TEXT, "expert": Maybe(COUNT), "shape": Row((Integer(1), Integer(1)))}
+_TENSORS = Fields({"weights": ListOf(Fields(_WEIGHT))})
+_LISTED = Fields(
+    {"weights": ListOf(Fields(_WEIGHT | {"coordinates": ListOf(Row((COUNT, COUNT)))}))}
+)
 
 
 def write(path: str | Path, weights: Mapping, shapes: Mapping) -> None:
@@ -47,13 +54,10 @@ def read(path: str | Path) -> tuple[list, list]:
     schema = document.get("schema") if isinstance(document, dict) else None
     if schema != SCHEMA:
         raise InvalidInput(f"{path}: expected a file of {SCHEMA}, got {schema!r:.200}")
-    try:
-        entries = [((e["name"], e["expert"]), e["shape"], e["coordinates"])
-                   for e in document["weights"]]  # fmt: skip
-    except (KeyError, TypeError) as error:
-        raise InvalidInput(
-            f"{path} is damaged: expected name, expert, shape and coordinates of every weight"
-        ) from error
+    as_lists = _suffix(path) == ".json"
+    check_document(document, _LISTED if as_lists else _TENSORS, path)
+    entries = [((e["name"], e["expert"]), e["shape"], e["coordinates"])
+               for e in document["weights"]]  # fmt: skip
     return [(key, listed) for key, _, listed in entries], [(key, s) for key, s, _ in entries]
 
 
@@ -68,14 +72,16 @@ def _read_safetensors(path: Path) -> dict:
     """Return the document that the JSON form would have, with tensors for coordinates."""
     from safetensors import SafetensorError, safe_open
 
+    load_header(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("schema") != SCHEMA:
                 return metadata
-            weights = json.loads(metadata["weights"])
+            weights = parse_json(metadata.get("weights", "").encode(), f"the list in {path}")
+            check_document({"weights": weights}, _TENSORS, path)
             for number, entry in enumerate(weights):
                 entry["coordinates"] = file.get_tensor(str(number))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError) as error:
         raise InvalidInput(f"cannot read {path} as coordinates: {error}") from error
     return {"schema": SCHEMA, "weights": weights}

@@ -48,9 +48,8 @@ def checkpoint(planted, tmp_path_factory):
 @pytest.fixture(scope="module")
 def scan(tmp_path_factory):
     """A scan's report that names the planted weight."""
-    report = fake_report.report([fake_report.candidate(0, 1, 5, 7, "super weight", 9.0)], layers=2)
-    for layer in report["layers"]:
-        layer |= {"rows": 32, "columns": 48}
+    listed = [fake_report.candidate(0, 1, 5, 7, "super weight", 9.0)]
+    report = fake_report.report(listed, layers=2, shape=(32, 48))
     path = tmp_path_factory.mktemp("reports") / "report.json"
     path.write_text(json.dumps(report))
     return path

@@ -111,9 +111,7 @@ def test_the_largest_weights(go, checkpoint, tmp_path):
 
 def test_a_report_names_them(go, tmp_path, capfd):
     found = fake_report.candidate(0, 1, 3, 4, "super weight", 9.0)
-    report = fake_report.report([found], layers=2)
-    for layer in report["layers"]:
-        layer |= {"rows": 32, "columns": 48}
+    report = fake_report.report([found], layers=2, shape=(32, 48))
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))
     assert go(tmp_path / "a", choice=("--coordinates", path)) == 0

@@ -265,9 +265,8 @@ def scan_of(model) -> ScanReport:
             fake_report.candidate(2, 0, 4, 4, "inert", 1.0),
         ],
         layers=3,
+        shape=(D, H),
     )
-    for layer in data["layers"]:
-        layer |= {"rows": D, "columns": H}
     return ScanReport(data)
 
 

@@ -246,7 +246,7 @@ GOOD = {"name": "a", "expert": None, "shape": [5, 7], "coordinates": [[1, 2]]}
     "weights, words",
     [
         ([GOOD | {"coordinates": [[5, 2]]}], "outside"),
-        ([GOOD | {"coordinates": [[1.5, 2]]}], "integers"),
+        ([GOOD | {"coordinates": [[1.5, 2]]}], "integer"),
         ([GOOD | {"shape": [5.0, 7]}], "shape"),
         ([GOOD | {"expert": "x"}], "expert"),
         ([GOOD | {"name": 5}], "name"),
@@ -292,7 +292,7 @@ def test_damaged_safetensors(tmp_path, metadata):
     with pytest.raises(InvalidInput, match="c.safetensors"):
         Coordinates.load(path)
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(InvalidInput, match="cannot read"):
+    with pytest.raises(InvalidInput, match="c.safetensors is truncated"):
         Coordinates.load(path)
 
 
