@@ -46,6 +46,7 @@ OPERATIONS = (
     "choices",
     "ablation",
     "streamed_scan",
+    "shared_scan",
 )
 SUITES = ("cpu", "gpu", "models")
 
@@ -108,6 +109,10 @@ def cases(
 
             for dtype in ("float32", "bfloat16"):
                 yield streamed_scan.case(dtype, device)
+        if "shared_scan" in ops and device.type == "cpu":
+            from benchmarks.models import ranks
+
+            yield ranks.case()
         if "topk_abs" in ops and device.type == "cpu":
             from benchmarks.models import topk_checkpoint
 

@@ -242,6 +242,15 @@ TARGETS = [
         for dtype in ("float32", "bfloat16")
     ),
     Target(
+        "scan of SmolLM2 by two processes on two cores, times faster than one process on one core",
+        "cpu",
+        "shared_scan",
+        {},
+        times_faster("one process on one core"),
+        1.6,
+        at_least=True,
+    ),
+    Target(
         "an ablation of SmolLM2 with 4 conditions over 4 evaluations, float32",
         "cpu",
         "ablation",
