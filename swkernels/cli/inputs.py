@@ -2,6 +2,28 @@
 
 from __future__ import annotations
 
+import re
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "500MB", "8GB", "1.5g" (powers of 1,000) or "4GiB" (of 1,024).
+
+    Raises:
+        InvalidInput: no size.
+    """
+    from swkernels.errors import InvalidInput
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip(), re.I)
+    if not found:
+        raise InvalidInput(f"expected a size such as 500MB, 8GB or 4GiB, got {text!r}")
+    number, unit, binary = found.groups()
+    factor = _UNITS[unit.lower()]
+    if binary:
+        factor = 1024 ** list(_UNITS).index(unit.lower())
+    return int(float(number) * factor)
+
 
 def load_model(name: str, **options):
     """Load a model, which may be a checkpoint that ``swkernels quantize`` wrote.

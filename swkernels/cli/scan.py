@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .inputs import load_model
+from .inputs import load_model, parse_size
 from .output import OutputDirectory, make_console, stages
 
 # The defaults shown are ScanConfig's, which is too heavy to import for --help; a test compares.
@@ -44,6 +44,15 @@ _RANK_TIMEOUT = typer.Option(
     help="Seconds that a process under torchrun waits for the others.", show_default="600"
 )
 _TRUST = typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+_STREAM = typer.Option("--stream", help="Read one layer at a time: MODEL need not fit into memory.")
+_BUDGET = typer.Option(
+    help="With --stream: memory for hidden states, as 8GB or 500MB; the rest waits in a file.",
+    show_default="2GB",
+)
+_SPILL = typer.Option(help="With --stream: the folder of that file.", show_default="temporary")
+_BY_LAYERS = typer.Option(
+    "--by-layers", help="With --stream under torchrun: each process reads a range of the layers."
+)
 _OUTPUT = typer.Option("-o", "--output", help="Folder for report.json, report.html, spikes.png.")
 
 
@@ -65,6 +74,10 @@ def scan(
     backend: Annotated[str | None, _BACKEND] = None,
     seed: Annotated[int | None, _SEED] = None,
     rank_timeout: Annotated[float | None, _RANK_TIMEOUT] = None,
+    stream: Annotated[bool, _STREAM] = False,
+    budget: Annotated[str | None, _BUDGET] = None,
+    spill: Annotated[Path | None, _SPILL] = None,
+    by_layers: Annotated[bool, _BY_LAYERS] = False,
     trust_remote_code: Annotated[bool, _TRUST] = False,
     output: Annotated[Path | None, _OUTPUT] = None,
 ) -> None:
@@ -91,6 +104,7 @@ def scan(
     }
     config = detection.ScanConfig(**{k: v for k, v in settings.items() if v is not None})
     _check_options(config, device, dtype)
+    streaming = _streaming(stream, budget, spill, by_layers)
     inputs, source = _inputs(text, dataset)
     eval_inputs = _read(eval_text)
     timeout = together.TIMEOUT if rank_timeout is None else rank_timeout
@@ -101,28 +115,38 @@ def scan(
         console = make_console(quiet=not ranks.first)
         output = output if ranks.first else None
         with OutputDirectory(output) as folder, stages(console) as progress:
-            progress("loading the model", 0, 1)
-            with ranks.together("loading the model"):
-                watch = Watch(loading.files_of(model))
-                loaded, tokenizer, fingerprint = load_model(
-                    model,
-                    device=ranks.device(device),
-                    dtype=dtype,
-                    trust_remote_code=trust_remote_code,
+            common = {
+                "eval_inputs": eval_inputs,
+                "config": config,
+                "progress": progress,
+                "ranks": ranks,
+            }
+            loading_options = {
+                "device": ranks.device(device),
+                "dtype": dtype,
+                "trust_remote_code": trust_remote_code,
+            }
+            watch = Watch(loading.files_of(model))
+            if stream:
+                from swkernels.detect.streamed import scan_stream
+
+                report = scan_stream(
+                    model, inputs, text_source=source, **streaming, **loading_options, **common
                 )
-            progress("loading the model", 1, 1)
-            report = detection.scan(
-                loaded,
-                inputs,
-                tokenizer=tokenizer,
-                eval_inputs=eval_inputs,
-                config=config,
-                progress=progress,
-                name=model,
-                fingerprint=fingerprint,
-                source=source,
-                ranks=ranks,
-            )
+            else:
+                progress("loading the model", 0, 1)
+                with ranks.together("loading the model"):
+                    loaded, tokenizer, fingerprint = load_model(model, **loading_options)
+                progress("loading the model", 1, 1)
+                report = detection.scan(
+                    loaded,
+                    inputs,
+                    tokenizer=tokenizer,
+                    name=model,
+                    fingerprint=fingerprint,
+                    source=source,
+                    **common,
+                )
             watch.check()
             if output is not None:
                 folder.write(_writers(report))
@@ -152,6 +176,23 @@ def _check_options(config, device: str | None, dtype: str | None) -> None:
         missing = importlib.import_module(f"swkernels.backends.{name}").available()
         if missing is not None:
             raise BackendUnavailable(f"backend {name!r} is not there: {missing}")
+
+
+def _streaming(stream: bool, budget: str | None, spill: Path | None, by_layers: bool) -> dict:
+    """The options of --stream, as ``scan_stream`` takes them.
+
+    Raises:
+        InvalidInput: one of them without --stream, or a size that is none.
+    """
+    from swkernels.detect.streamed import BUDGET
+    from swkernels.errors import InvalidInput
+
+    given = {"--budget": budget, "--spill": spill, "--by-layers": by_layers or None}
+    alone = [name for name, value in given.items() if value is not None and not stream]
+    if alone:
+        raise InvalidInput(f"{alone[0]} belongs to --stream: give both or neither")
+    size = BUDGET if budget is None else parse_size(budget)
+    return {"budget": size, "spill": spill, "by_layers": by_layers}
 
 
 def _inputs(text: Path | None, dataset: str | None):
