@@ -97,7 +97,8 @@ class Ranks:
             raise RankFailed(
                 f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} does not meet the "
                 f"others: {_first_line(error)}; check MASTER_ADDR and MASTER_PORT, or "
-                "GLOO_SOCKET_IFNAME where the machine has no name of its own"
+                "GLOO_SOCKET_IFNAME where the machine has no name of its own, or unset RANK to "
+                "run one process"
             ) from error
         ranks = cls.of_group(timeout)
         ranks._owns_world = True
