@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from .consistency import Consistency, spiking_positions
-from .ranks import Ranks, packed, unpacked
+from .ranks import Ranks
+from .tensor_bytes import packed, unpacked
 from .tracking import ProjectionState, TrackHandle, track
 
 

@@ -12,7 +12,6 @@ dies or hangs is noticed then and not at the end of its share.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,8 @@ from datetime import timedelta
 import torch
 
 from swkernels.errors import InvalidInput, RankFailed
+
+from .tensor_bytes import bytes_of, form_of
 
 TIMEOUT = 600.0  # seconds
 
@@ -176,9 +177,9 @@ class Ranks:
         """Send a document of JSON's types and tensors to another rank, which must ``receive``."""
         import torch.distributed as dist
 
-        head = json.dumps({"document": document, "tensors": [_form(t) for t in tensors]}).encode()
+        head = json.dumps({"document": document, "tensors": [form_of(t) for t in tensors]}).encode()
         parts = [torch.frombuffer(bytearray(head), dtype=torch.uint8)]
-        parts += [_raw(tensor) for tensor in tensors if tensor.numel()]
+        parts += [bytes_of(tensor) for tensor in tensors if tensor.numel()]
         with self._meeting(step):
             dist.send(torch.tensor([len(head)]), self._peer(to), group=self._group)
             for part in parts:
@@ -314,40 +315,6 @@ class Ranks:
                 f"than {self.timeout:g} s behind; start them again (with a state file the scan "
                 f"goes on from there), or give a longer timeout [{_first_line(error)}]"
             ) from error
-
-
-def _form(tensor: torch.Tensor) -> dict:
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-
-
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a tensor's bytes: uint8, on the CPU."""
-    return (
-        tensor.detach()
-        .cpu()
-        .clone(memory_format=torch.contiguous_format)
-        .view(-1)
-        .view(torch.uint8)
-    )
-
-
-def packed(tensor: torch.Tensor) -> dict:
-    """A tensor as JSON's types, exactly; see ``unpacked``."""
-    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "data": base64.b64encode(data.numpy().tobytes()).decode("ascii"),
-    }
-
-
-def unpacked(document: dict) -> torch.Tensor:
-    """The tensor that ``packed`` was given, on the CPU."""
-    data = bytearray(base64.b64decode(document["data"]))
-    dtype = getattr(torch, document["dtype"])
-    if not data:
-        return torch.empty(document["shape"], dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).view(document["shape"])
 
 
 def _check_timeout(timeout: float) -> None:

@@ -19,8 +19,9 @@ from swkernels.models.streaming import PartStream
 from .candidates import find_spikes
 from .carry import Carry, digest_of
 from .peaks import Batch, PeakRecord, batches, locator
-from .ranks import Ranks, packed, unpacked
+from .ranks import Ranks
 from .samples import Runner
+from .tensor_bytes import packed, unpacked
 from .tracking import TrackHandle, track
 from .witness import Spike, read_residual, reading, same_stack
 

@@ -19,7 +19,8 @@ from swkernels.models import DownProjection
 from swkernels.models.experts import ExpertObserver
 
 from .patching import Patches
-from .ranks import Ranks, packed, unpacked
+from .ranks import Ranks
+from .tensor_bytes import packed, unpacked
 
 
 @dataclass

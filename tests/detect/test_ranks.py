@@ -16,8 +16,9 @@ import torch
 if __name__ == "__main__":  # a rank
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from swkernels.detect.ranks import Ranks, packed, unpacked
+from swkernels.detect.ranks import Ranks
 from swkernels.detect.scan import scan
+from swkernels.detect.tensor_bytes import packed, unpacked
 from swkernels.errors import InvalidInput, SwkernelsError
 from tests.detect.planting import plant
 from tests.models.tiny import VOCABULARY, tiny_model
