@@ -28,6 +28,7 @@ SCHEMA = "swkernels.scan/1"
 VERDICTS = ("super weight", "part of a critical set", "mild", "inert", "candidate")
 SET_VERDICTS = ("critical set", "mild", "inert")
 _MOST_LISTED = 1 << 16  # candidates, sets: a page has a row for each
+_SHORT = Text(1024)
 _POSITIVE = Number(1e-100, 1e100)  # a threshold, drawn on a log scale
 _ROUNDED_SHARE = Number(0, 1.01)
 
@@ -131,15 +132,15 @@ _CONSISTENCY = Fields(
 _REPORT = Fields(
     {
         "schema": OneOf((SCHEMA,)),
-        "created": Text(64),
-        "versions": Fields({"swkernels": Text(64)}),
+        "created": _SHORT,
+        "versions": Fields({"swkernels": _SHORT}),
         "model": Fields(
             {
                 "name": TEXT,
                 "class": TEXT,
                 "parameters": COUNT,
-                "dtype": Text(64),
-                "device": Text(64),
+                "dtype": _SHORT,
+                "device": _SHORT,
                 "layers": COUNT,
                 "fingerprint": Maybe(TEXT),
             }
@@ -159,9 +160,9 @@ _REPORT = Fields(
                     ),
                     NUMBER,
                 ),
-                "methods": ListOf(Text(64), 0, 16),
+                "methods": ListOf(_SHORT, 0, 16),
             }
-        ),  # fmt: skip
+        ),
         "inputs": Fields({"samples": COUNT, "tokens": COUNT, "length": COUNT}),
         "layers": ListOf(_LAYER),
         "candidates": ListOf(_CANDIDATE, 0, _MOST_LISTED),
@@ -188,7 +189,7 @@ _REPORT = Fields(
     },
     {"unseen": ListOf(_UNSEEN), "super_experts": ListOf(_SUPER_EXPERT, 0, _MOST_LISTED)},
 )
-_VERSIONS = MapOf(Maybe(Text(256)))
+_VERSIONS = MapOf(Maybe(_SHORT))
 
 
 def check_report(data: object, where: object) -> None:

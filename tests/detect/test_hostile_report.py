@@ -63,7 +63,7 @@ def hostile(text: str) -> dict:
     for part in ("model", "inputs", "settings", "versions"):
         document[part][text] = text
     document["settings"]["more"] = [text, text]
-    document["created"] = text[:64]
+    document["created"] = text
     return document
 
 
