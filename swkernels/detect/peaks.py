@@ -81,12 +81,13 @@ class PeakRecord:
             sites: the states that are complete: all of them, or a streamed layer's.
         """
         wanted = list(range(len(self.states)) if sites is None else sites)
+        here = set(wanted)
         states = [self.states[site] for site in wanted]
         ranks.merge_max_([keys for s in states for keys in (s.inputs, s.outputs)], step)
         mine = {
             "routed": [state.routed.tolist() for state in states],
             "spiking": [
-                (sample, [at for at in positions if at[0] in wanted])
+                (sample, [at for at in positions if at[0] in here])
                 for sample, positions in self.spiking.items()
             ],
             "moments": [
