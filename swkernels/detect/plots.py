@@ -203,3 +203,134 @@ def _annotate(axes: Axes, strongest: dict[int, dict], side: str, limit: float) -
 def _drawable(value: float | None) -> bool:
     """Whether a log scale with margins can show it; no float32 and no loss is beyond."""
     return value is not None and 1e-150 <= value <= 1e150
+
+
+def _positive(value: float | None) -> float:
+    """What a log scale can show; NaN, which leaves a gap, for everything else."""
+    return value if _drawable(value) else math.nan
+
+
+def _consistency(report: dict) -> Figure:
+    consistency = report["consistency"]
+    figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
+    shares, settling = figure.subplots(1, 2)
+    samples = max(consistency["samples"], 1)
+    bins = min(samples, 20)
+    heights = [0] * bins
+    for entry in consistency["positions"]:
+        heights[math.ceil(entry["count"] * bins / samples) - 1] += 1
+    edges = [100 * (i + 1) / bins for i in range(bins)]
+    shares.bar(edges, heights, width=-90 / bins, align="edge", color=COLORS["output"])
+    shares.set_title("Positions by share of samples")
+    shares.set_xlabel("share of the samples in which a position spikes (%)")
+    shares.set_ylabel("positions")
+    shares.set_xlim(-2, 102)
+    curve = consistency["settling"]
+    tiers = list(zip(("all", "half", "fifth", "any"), consistency["tiers"], (1.2, 2.4, 3.8, 5.4)))
+    roles = ("super-weight", "part-of-set", "mild", "inert")
+    for (key, label, width), role in reversed(list(zip(tiers, roles))):  # equal tiers all show
+        xs, ys = [point["samples"] for point in curve], [point[key] for point in curve]
+        style = {"ms": width + 3, "lw": width, "color": COLORS[role]}
+        settling.plot(xs, ys, "o-", label=label, **style)
+    settling.set_title("How the tiers settle")
+    settling.set_xlabel("samples read")
+    settling.set_ylabel("positions")
+    settling.set_xscale("log")
+    ticks = [point["samples"] for point in curve]
+    settling.set_xticks(ticks, [str(tick) for tick in ticks])
+    settling.minorticks_off()
+    settling.legend(title="spikes in", reverse=True, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for axes in (shares, settling):
+        axes.grid(axis="y")
+        axes.margins(y=0.08)
+        axes.set_ylim(bottom=0, top=None if consistency["positions"] else 1)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    return figure
+
+
+def _ratios(report: dict) -> Figure:
+    rows = _ratio_rows(report)
+    figure = Figure(figsize=(_WIDTH, 1.5 + 0.27 * max(len(rows), 1)), layout="constrained")
+    axes = figure.subplots()
+    if not rows:
+        axes.set_axis_off()
+        message = "No candidate" if not report["candidates"] else "Not verified by measurement"
+        axes.text(0.5, 0.5, message, ha="center", va="center", color=COLORS["muted"])
+        return figure
+    axes.set_xscale("log")
+    axes.grid(axis="x")
+    null = report["null_distribution"]
+    draws = [ratio for ratio in (null["ratios"] if null else []) if _drawable(ratio)]
+    if draws:
+        label = f"null: {null['draws']} random weights"
+        axes.axvspan(min(draws), max(draws), color=COLORS["inert"], alpha=0.35, label=label)
+    for name, height in (("mild_ratio", -1.4), ("critical_ratio", -0.8)):
+        value = report["settings"][name]
+        axes.plot([value] * 2, [len(rows), height], "--", color=COLORS["muted"], lw=1)
+        text = f" {name.removesuffix('_ratio')} x{value:g}"
+        axes.text(value, height, text, color=COLORS["muted"], fontsize=8.5, va="center")
+    low, high = _limits(rows, report["settings"])
+    axes.set_xlim(low, high)
+    for y, (_, entry) in enumerate(rows):
+        _ratio_row(axes, y, entry, high)
+    sets = sum("members" in entry for _, entry in rows)
+    if sets:
+        axes.axhline(len(rows) - sets - 0.5, color=COLORS["muted"], lw=0.8)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axes.set_ylim(len(rows) - 0.4, -1.8)
+    axes.set_xlabel("perplexity with the weight(s) zeroed / perplexity of the intact model")
+    if high / low < 100:
+        marks = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50)
+        axes.set_xticks([mark for mark in marks if low <= mark <= high])
+        axes.minorticks_off()
+    axes.xaxis.set_major_formatter(_PLAIN)
+    _legend(figure, [axes])
+    return figure
+
+
+def _ratio_rows(report: dict) -> list[tuple[str, dict]]:
+    """Label and entry of every measured candidate, then of every set, worst first."""
+
+    def worst_first(entries: list[dict]) -> list[dict]:
+        measured = [entry for entry in entries if entry["ratio"] is not None]
+        return sorted(measured, key=lambda e: -(math.inf if math.isnan(e["ratio"]) else e["ratio"]))
+
+    rows = [(f"#{c['id']}  {position(c)}", c) for c in worst_first(report["candidates"])]
+    for s in worst_first(report["sets"]):
+        members = ", ".join(f"#{i}" for i in s["members"][:6])
+        more = ", ..." if len(s["members"]) > 6 else ""
+        rows.append((f"set {s['id']}  {{{members}{more}}}", s))
+    return rows
+
+
+def _limits(rows: list[tuple[str, dict]], settings: dict) -> tuple[float, float]:
+    """Limits of the axis that hold every finite value, with room for the labels."""
+    values = [1.0, settings["critical_ratio"], settings["mild_ratio"]]
+    for _, entry in rows:
+        values += [_positive(entry[name]) for name in ("ratio", "ratio_low", "ratio_high")]
+    shown = [value for value in values if not math.isnan(value)]
+    span = max(shown) / min(shown)
+    return min(shown) / span**0.05, max(shown) * span**0.14
+
+
+def _ratio_row(axes: Axes, y: int, entry: dict, edge: float) -> None:
+    role, marker = VERDICTS.get(entry["verdict"], VERDICTS["candidate"])
+    color, value = COLORS[role], entry["ratio"]
+    low, high = _positive(entry["ratio_low"]), entry["ratio_high"]
+    if not math.isnan(low) and not math.isnan(high):
+        axes.plot([low, min(high, edge)], [y, y], color=color, lw=1.8, solid_capstyle="butt")
+    style = {"color": color, "ms": 10 if marker == "*" else 6, "ls": "none"}
+    if not _drawable(value):
+        axes.plot([edge], [y], ">", color=color, ms=7, clip_on=False)
+        axes.annotate(
+            number(value),
+            (edge, y),
+            xytext=(-9, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            color=color,
+        )
+        axes.plot([], [], marker, label=entry["verdict"], **style)
+        return
+    axes.plot([value], [y], marker, label=entry["verdict"], **style)
