@@ -51,7 +51,7 @@ class StreamedEvaluator(Evaluator):
         self._hidden = hidden
         self._intact: dict[int, torch.Tensor] = {}  # log-probabilities by window
         self._open: Counter[int] = Counter()  # runs of a window that still need them
-        self._same = True
+        self._same, self._checking = True, False  # of the first round's check
 
     def _fill(self, sets: list[list[Coordinate]], progress: Callable[[int, int], None]) -> None:
         step = "measuring what zeroing costs"
@@ -60,7 +60,7 @@ class StreamedEvaluator(Evaluator):
             return
         before = set(self.cells)
         late = {(n, key_of(s)) for n, s in missing if s is not None and self._depth(s)}
-        self._same = True
+        self._same, self._checking = True, False
         parts = len(self._stream.parts)
         done = lambda part, calls: progress(self._stream.order(part) + 1, parts)  # noqa: E731
         jobs: list[Job] = []
@@ -95,7 +95,8 @@ class StreamedEvaluator(Evaluator):
             run = partial(self._measure, number, coordinates)
             jobs.append(self._set_job((number, 1, i), run, coordinates))
             jobs[-1].after, jobs[-1].played = late.get(depth), played.get(depth, {})
-        if self._replays is None:
+        if self._replays is None and not self._checking:
+            self._checking = True  # one window tells
             self._open[number] += len(late)
             for depth, block in late.items():
                 run = partial(self._check, number)
