@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,13 @@ _BY_LAYERS = typer.Option(
     "--by-layers", help="With --stream under torchrun: each process reads a range of the layers."
 )
 _OUTPUT = typer.Option("-o", "--output", help="Folder for report.json, report.html, spikes.png.")
+STATE = "scan.state"  # in the output folder
+_STATE = typer.Option(
+    help="File from which a scan that was ended goes on.",
+    show_default="scan.state in the output folder",
+)
+_SAVE_EVERY = typer.Option(help="Seconds between two states.", show_default="60")
+_FRESH = typer.Option("--fresh", help="Remove a state that is there and start anew.")
 
 
 def scan(
@@ -80,8 +88,14 @@ def scan(
     by_layers: Annotated[bool, _BY_LAYERS] = False,
     trust_remote_code: Annotated[bool, _TRUST] = False,
     output: Annotated[Path | None, _OUTPUT] = None,
+    state: Annotated[Path | None, _STATE] = None,
+    save_every: Annotated[float | None, _SAVE_EVERY] = None,
+    fresh: Annotated[bool, _FRESH] = False,
 ) -> None:
     """Find the super weights of MODEL and prove them by measurement.
+
+    A scan that was ended, by Ctrl-C or worse, goes on where it was when it is started again with
+    the same output folder or state.
 
     Under torchrun its processes share the work: torchrun --nproc-per-node N -m swkernels scan MODEL
     """
@@ -105,6 +119,7 @@ def scan(
     config = detection.ScanConfig(**{k: v for k, v in settings.items() if v is not None})
     _check_options(config, device, dtype)
     streaming = _streaming(stream, budget, spill, by_layers)
+    state_options = _state_options(stream, output, state, save_every, fresh)
     inputs, source = _inputs(text, dataset)
     eval_inputs = _read(eval_text)
     timeout = together.TIMEOUT if rank_timeout is None else rank_timeout
@@ -113,6 +128,7 @@ def scan(
         ranks.together("writing the report"),
     ):
         console = make_console(quiet=not ranks.first)
+        saved = _saved_state(state_options, loading.files_of(model), console)
         output = output if ranks.first else None
         with OutputDirectory(output) as folder, stages(console) as progress:
             common = {
@@ -145,12 +161,15 @@ def scan(
                     name=model,
                     fingerprint=fingerprint,
                     source=source,
+                    state=saved,
                     **common,
                 )
             watch.check()
             if output is not None:
                 folder.write(_writers(report))
         _show(report.to_dict(), console, folder.written)
+    if saved is not None:
+        saved.remove()
 
 
 def _check_options(config, device: str | None, dtype: str | None) -> None:
@@ -193,6 +212,48 @@ def _streaming(stream: bool, budget: str | None, spill: Path | None, by_layers: 
         raise InvalidInput(f"{alone[0]} belongs to --stream: give both or neither")
     size = BUDGET if budget is None else parse_size(budget)
     return {"budget": size, "spill": spill, "by_layers": by_layers}
+
+
+def _state_options(
+    stream: bool, output: Path | None, state: Path | None, every: float | None, fresh: bool
+) -> dict | None:
+    """Where and how often a scan keeps its state; None where it keeps none.
+
+    Raises:
+        InvalidInput: options that do not go together, or no number of seconds.
+    """
+    from swkernels.detect.state import EVERY, check_every
+    from swkernels.errors import InvalidInput
+
+    given = {"--state": state, "--save-every": every, "--fresh": fresh or None}
+    named = [name for name, value in given.items() if value is not None]
+    if stream:
+        if named:
+            raise InvalidInput(
+                f"{named[0]} does not go with --stream, which starts anew each time: leave it out"
+            )
+        return None
+    if state is None and output is None:
+        if named:
+            raise InvalidInput(f"{named[0]} needs a place for the state: give --state or -o")
+        return None
+    every = EVERY if every is None else every
+    check_every(every)
+    return {"path": state or output / STATE, "every": every, "fresh": fresh}
+
+
+def _saved_state(options: dict | None, files: Path | None, console):
+    """The ``ScanState`` of these options: it speaks on the console, and of trouble on stderr."""
+    from swkernels.detect.state import ScanState
+
+    if options is None:
+        return None
+    return ScanState(
+        **options,
+        files=files,
+        notice=lambda line: console.print(line, soft_wrap=True, markup=False),
+        warn=lambda line: print(f"swkernels: {line}", file=sys.stderr),
+    )
 
 
 def _inputs(text: Path | None, dataset: str | None):

@@ -187,6 +187,10 @@ class Evaluator:
         self.baseline = self._baseline()
         return [self._summary(key_of(coordinates)) for coordinates in sets]
 
+    def share_cells(self) -> None:
+        """Give every rank the cells that any has, where some were kept from before."""
+        self._gather(list(self.cells), "sharing what was measured before")
+
     def ready(self, projection: DownProjection) -> None:
         """Have the weight of ``projection`` in memory: it is."""
 

@@ -130,20 +130,30 @@ class PeakRecord:
 
 
 def read_peaks(
-    model, runner, tokens, config, progress, ranks: Ranks
+    model, runner, tokens, config, progress, ranks: Ranks, state=None
 ) -> tuple[TrackHandle, PeakRecord]:
-    """One forward of the body a batch, over all ranks; peaks merged, spikes counted."""
+    """One forward of the body a batch, over all ranks; peaks merged, spikes counted.
+
+    ``state``: a ``ScanState`` or None; batches that it has are not run again.
+    """
     step = "reading peaks"
     moments = "outlier" in config.methods
     handle = track(model, per_sample=True, moments=moments, backend=config.backend)
     record = PeakRecord(handle.states, config)
+    every = batches(tokens, config.batch_size)
+    done = state.restore_peaks(record, every) if state else set()
+    mine = [batch for batch in every[ranks.rank :: ranks.size] if batch.first not in done]
     with handle:
-        for batch in ranks.share(batches(tokens, config.batch_size), step):
+        for batch in ranks.in_rounds(mine, len(every), step):
             handle.label_next_token(batch.token)
             runner.body(batch.ids)
             handle.check_finite()
             record.add(batch)
+            if state:
+                state.batch_done(batch, record)
             progress(step, batch.samples.stop, len(tokens))
+    if state:
+        state.peaks_done(record)
     if ranks.size > 1:
         record.merge(ranks, step)
     record.finish()

@@ -16,9 +16,11 @@ from . import samples as sampling
 from .candidates import find_candidates, find_spikes
 from .document import document
 from .evaluate import Evaluator
+from .identity import identity
 from .peaks import locator, read_peaks
 from .ranks import Ranks
 from .report import ScanReport
+from .state import ScanState
 from .verify import verify
 from .witness import witness
 
@@ -105,6 +107,7 @@ def scan(
     fingerprint: str | None = None,
     source: str | None = None,
     ranks: Ranks | None = None,
+    state: ScanState | None = None,
     **settings,
 ) -> ScanReport:
     """Find the super weights of ``model``, prove them by measurement, and report.
@@ -126,6 +129,8 @@ def scan(
         ranks: the processes that share the work, each with the whole model and the same
             arguments; all return the same report. None for this process alone. See
             docs/scale/ranks.md.
+        state: the file from which this scan goes on if it is there, and which it writes at an
+            interval; the caller removes it when the report is safe. See docs/scale/resume.md.
 
     Returns:
         A ``ScanReport``; ``super_weights``, ``candidates``, ``sets``, ``save(path)``.
@@ -139,21 +144,28 @@ def scan(
     ranks = ranks or Ranks.alone()
     with ranks.together("scanning"):
         config = configured(config, settings)
-        data = _scan(model, inputs, tokenizer, eval_inputs, config, progress, source, ranks)
+        given = inputs, tokenizer, eval_inputs
+        data = _scan(model, *given, config, progress, source, ranks, state, fingerprint)
     data["model"].update(name=name or type(model).__name__, fingerprint=fingerprint)
     return ScanReport(data)
 
 
-def _scan(model, inputs, tokenizer, eval_inputs, config, progress, source, ranks) -> dict:
+def _scan(
+    model, inputs, tokenizer, eval_inputs, config, progress, source, ranks, state, fingerprint
+) -> dict:
     """The report's document, without what names the model."""
     report_progress = progress or (lambda stage, done, total: None)
     find_down_projections(model)  # a model without any is refused before a text is read
     tokens, windows, source = prepared(model, inputs, eval_inputs, tokenizer, config, source)
     if ranks.size > 1:
         ranks.check_equal(what_is_scanned(model, config, tokens, windows), "what they scan")
+    if state is not None:
+        files = state.files
+        what = identity(model, config, tokens, windows, fingerprint, files, ranks)
+        state.begin(what, ranks)
     with sampling.evaluating(model):
         runner = sampling.Runner(model)
-        handle, record = read_peaks(model, runner, tokens, config, report_progress, ranks)
+        handle, record = read_peaks(model, runner, tokens, config, report_progress, ranks, state)
         locate = locator(tokens)
         spikes = find_spikes(handle.states, locate, config)
         step = "looking at the spikes"
@@ -167,6 +179,10 @@ def _scan(model, inputs, tokenizer, eval_inputs, config, progress, source, ranks
         if config.verify and candidates:
             windows = [runner.to_device(window) for window in windows]
             evaluator = Evaluator(runner.logits, windows, projections, config.seed, ranks)
+            if state is not None:
+                state.restore_cells(evaluator, projections)
+                evaluator.share_cells()
+                report_progress = _saving(report_progress, state, evaluator, projections)
             verification = verify(candidates, evaluator, config, report_progress)
     data = document(
         model,
@@ -182,6 +198,16 @@ def _scan(model, inputs, tokenizer, eval_inputs, config, progress, source, ranks
     data["inputs"]["source"] = source
     data["model"]["device"] = str(runner.device)  # its first weight may be offloaded
     return data
+
+
+def _saving(progress: Progress, state: ScanState, evaluator, projections) -> Progress:
+    """``progress`` that also saves: it is called after each measurement."""
+
+    def call(stage: str, done: int, total: int) -> None:
+        state.cell_done(evaluator, projections)
+        progress(stage, done, total)
+
+    return call
 
 
 def what_is_scanned(model, config: ScanConfig, tokens, windows) -> dict:
