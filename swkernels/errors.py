@@ -6,6 +6,10 @@ from __future__ import annotations
 class SwkernelsError(Exception):
     """Base of every error that swkernels raises for a wrong input or environment."""
 
+    def __str__(self) -> str:
+        # A name in a file can hold anything: a message stays one line and steers no terminal.
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+
 
 class BackendUnavailable(SwkernelsError, RuntimeError):
     """The backend that was asked for is unknown, not there, or does not take the arguments."""
@@ -21,6 +25,10 @@ class NonFiniteActivation(SwkernelsError, ArithmeticError):
 
 class RankFailed(SwkernelsError, RuntimeError):
     """Another process of this run has stopped, died or fallen silent; the message says where."""
+
+
+class SuperWeightChanged(SwkernelsError, RuntimeError):
+    """A super weight that training was to leave as it is has another value; the message says which."""
 
 
 class NoDenseWeight(SwkernelsError, AttributeError):

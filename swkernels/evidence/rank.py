@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from swkernels.errors import InvalidInput
+from swkernels.files import CONFIG, read_json
 from swkernels.models import ProjectionNotFound, find_down_projections
 from swkernels.models.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, weight_files
 from swkernels.models.kinds import KINDS, module_of, projection_kind, why_left_out
@@ -230,12 +230,13 @@ def _refuse_quantized(path: Path) -> None:
             f"{path} is a .gguf file, which packs its weights: load the model "
             "(swkernels.detect.loading.load_model) and pass the model"
         )
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        method = config["quantization_config"].get("quant_method", "a quantizer")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    if not (path / "config.json").is_file():
         return
-    raise InvalidInput(f"{path} is packed by {method}: {_LOAD}")
+    config = read_json(path / "config.json", limits=CONFIG, special=True)
+    quantized = config.get("quantization_config") if isinstance(config, dict) else None
+    if isinstance(quantized, dict):
+        method = quantized.get("quant_method", "a quantizer")
+        raise InvalidInput(f"{path} is packed by {method}: {_LOAD}")
 
 
 def _refuse_packed(source: Checkpoint | _Model, shapes: Mapping) -> None:

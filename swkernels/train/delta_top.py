@@ -11,12 +11,19 @@ import torch
 from torch import nn
 
 from swkernels import ops
+from swkernels.documents import FLAG, Fields, MapOf, Maybe, Number, check_document
 from swkernels.errors import InvalidInput
-from swkernels.files import read_json
+from swkernels.files import CONFIG, read_json
+from swkernels.models.safetensors_header import load_header
 
 from .coordinates import Coordinates
 from .weights import Site
 
+_FINITE = Number(-1e30, 1e30, special=False)
+_CONFIG = Fields(  # of PEFT
+    {"lora_alpha": _FINITE},
+    {"alpha_pattern": Maybe(MapOf(_FINITE)), "use_rslora": Maybe(FLAG)},
+)
 _WRAPPED = "base_model.model."  # before the names of a model that PEFT has wrapped
 
 
@@ -97,14 +104,17 @@ def _of_model(model: nn.Module, name: str | None) -> dict[str, tuple[torch.Tenso
 def _of_folder(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     from safetensors import SafetensorError, safe_open
 
-    config = read_json(folder / "adapter_config.json")
+    where = folder / "adapter_config.json"
+    config = read_json(where, limits=CONFIG)
+    check_document(config, _CONFIG, where)
+    alpha_pattern = config.get("alpha_pattern") or {}
+    alpha, root = config["lora_alpha"], config.get("use_rslora", False)
     path = folder / "adapter_model.safetensors"
+    load_header(path)
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-        alpha_pattern = config.get("alpha_pattern") or {}
-        alpha, root = config["lora_alpha"], config.get("use_rslora", False)
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError) as error:
         raise InvalidInput(f"{folder} holds no LoRA that can be read: {error!r:.200}") from error
     factors = {}
     for key, A in tensors.items():
@@ -123,4 +133,7 @@ def _of_folder(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def _matches(pattern: str, module: str) -> bool:
     """Whether PEFT takes a key of its patterns for a module."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except (re.error, OverflowError) as error:
+        raise InvalidInput(f"the pattern {pattern!r:.200} is no regular expression") from error

@@ -22,12 +22,14 @@ from swkernels.detect.report import ScanReport
 from swkernels.errors import InvalidInput
 from swkernels.evidence.compare_reports import read_reports
 from swkernels.guard.manifest import Manifest, canonical
+from swkernels.integrations.peft.lora.config import MaskedLoraConfig
 from swkernels.models.checkpoint import INDEX, weight_files
 from swkernels.models.gguf_head import check_gguf_head
 from swkernels.models.safetensors_header import load_header
 from swkernels.quant.config import QuantConfig
 from swkernels.quant.report import LayerReport, QuantReport
 from swkernels.train.coordinates import Coordinates, Site
+from swkernels.train.delta_top import delta_top
 from tests.detect import fake_report
 
 from .mutate import mutate_bytes, mutate_json
@@ -367,8 +369,51 @@ class Gguf(Subject):
             pass
 
 
+class AdapterConfig(Subject):
+    """The configuration of a LoRA by PEFT, whose update is ranked."""
+
+    file = "adapter_config.json"
+
+    def build(self):
+        factors = {f"base_model.model.m.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+        save_file(factors, self.folder / "adapter_model.safetensors")
+        config = {"lora_alpha": 4, "use_rslora": True, "r": 2, "alpha_pattern": {"m": 8, "x.y": 1}}
+        return json.dumps(config).encode(), json.dumps({"target_modules": ["m", 5]}).encode()
+
+    def read(self):
+        return delta_top(self.folder, 3)
+
+    def judge(self, accepted):
+        config = json.loads(self.path.read_bytes())
+        assert isinstance(config["lora_alpha"], int | float)
+        assert all(math.isfinite(entry[3]) for entry in accepted.entries)
+
+
+class MaskFile(Subject):
+    """The coordinates beside a masked LoRA."""
+
+    file = "swkernels_mask.json"
+
+    def build(self):
+        document = {"format": "swkernels.lora_mask/1", "rank_pattern": {},
+                    "alpha_pattern": {"a": 1.5}, "mask": "rows", "mask_scale": 0.5,
+                    "hold": False, "strict": True,
+                    "coordinates": [["m.down", [[1, 2], [3, 4]]], [7, [[0, 0]]]]}  # fmt: skip
+        other = {"coordinates": [["n", [[2**40, 1]]]], "mask": "columns"}
+        return json.dumps(document).encode(), json.dumps(other).encode()
+
+    def read(self):
+        from swkernels.integrations.peft.lora.config import _read
+
+        return MaskedLoraConfig(r=4, **_read(self.path))
+
+    def judge(self, accepted):
+        for pairs in accepted._listed.listed.values():
+            assert pairs.dtype == torch.int64 and pairs.shape[1] == 2 and (pairs >= 0).all()
+
+
 ALL = (Header, Index, Config, Report, CoordinateList, CoordinateTensors, QuantizationReport,
-       GuardManifest, ResealedManifest, Gguf)  # fmt: skip
+       AdapterConfig, MaskFile, GuardManifest, ResealedManifest, Gguf)  # fmt: skip
 
 
 def _strings(path: Path) -> list[str]:

