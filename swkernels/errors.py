@@ -28,7 +28,7 @@ class RankFailed(SwkernelsError, RuntimeError):
 
 
 class SuperWeightChanged(SwkernelsError, RuntimeError):
-    """A super weight that training was to leave as it is has another value; the message says which."""
+    """A super weight that training was to leave alone has another value; the message names it."""
 
 
 class NoDenseWeight(SwkernelsError, AttributeError):

@@ -1,4 +1,4 @@
-"""What transformers gets: models that are quantized while they are loaded, and peaks in its logs.
+"""What transformers gets: models quantized while they are loaded, peaks in its logs, a guard.
 
 Importing this package registers the quantization method, so that ``from_pretrained`` knows the
 files of quantized models.
@@ -13,10 +13,12 @@ from .quantizer import SuperWeightQuantizer, register
 
 register()
 
-__all__ = ["SuperWeightQuantConfig", "SuperWeightQuantizer", "log_peaks"]
+__all__ = ["SuperWeightGuard", "SuperWeightQuantConfig", "SuperWeightQuantizer", "log_peaks"]
+
+_NEEDS_TRAINER = {"log_peaks": "peaks", "SuperWeightGuard": "guard"}
 
 
 def __getattr__(name: str):
-    if name != "log_peaks":  # which takes the Trainer, and all that it imports
+    if name not in _NEEDS_TRAINER:  # those take the Trainer, and all that it imports
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.peaks").log_peaks
+    return getattr(importlib.import_module(f"{__name__}.{_NEEDS_TRAINER[name]}"), name)
