@@ -167,8 +167,10 @@ def scan(
             watch.check()
             if output is not None:
                 folder.write(_writers(report))
+                if saved is not None:
+                    saved.remove()
         _show(report.to_dict(), console, folder.written)
-    if saved is not None:
+    if saved is not None:  # of another rank, or where nothing is written
         saved.remove()
 
 

@@ -141,9 +141,9 @@ def read_peaks(
     handle = track(model, per_sample=True, moments=moments, backend=config.backend)
     record = PeakRecord(handle.states, config)
     every = batches(tokens, config.batch_size)
-    done = state.restore_peaks(record, every) if state else set()
-    mine = [batch for batch in every[ranks.rank :: ranks.size] if batch.first not in done]
     with handle:
+        done = state.restore_peaks(record, every) if state else set()
+        mine = [batch for batch in every[ranks.rank :: ranks.size] if batch.first not in done]
         for batch in ranks.in_rounds(mine, len(every), step):
             handle.label_next_token(batch.token)
             runner.body(batch.ids)

@@ -26,7 +26,6 @@ from .evaluate import Evaluator
 from .peaks import Batch, PeakRecord
 from .ranks import Ranks
 
-SCHEMA = "swkernels.scan-state/1"
 EVERY = 60.0  # seconds
 _LONGEST = 80  # characters of a value in a message
 
@@ -54,6 +53,8 @@ class ScanState:
     Raises:
         InvalidInput: ``every`` is no number of seconds.
     """
+
+    SCHEMA = "swkernels.scan-state/1"
 
     def __init__(
         self,
@@ -161,7 +162,7 @@ class ScanState:
         tensors = form.NO_CELLS | self._peaks | cells
         identity = json.dumps(self._identity)
         metadata = {
-            "schema": SCHEMA,
+            "schema": self.SCHEMA,
             "identity": identity,
             "sha256": form.digest(identity, tensors),
         }
@@ -173,11 +174,11 @@ class ScanState:
 
     def _check_identity(self) -> None:
         """Compare field by field; the first that differs is named."""
-        with _reading(self.path):
+        with reading(self.path):
             metadata = load_header(self.path).metadata
-            if metadata.get("schema") != SCHEMA:
+            if metadata.get("schema") != self.SCHEMA:
                 raise InvalidInput(
-                    f"expected the schema {SCHEMA}, got {_short(metadata.get('schema'))}"
+                    f"expected the schema {self.SCHEMA}, got {_short(metadata.get('schema'))}"
                 )
             found = parse_json(metadata.get("identity", "").encode(), "what it is of")
             if not isinstance(found, dict):
@@ -194,7 +195,7 @@ class ScanState:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        with _reading(self.path):
+        with reading(self.path):
             header = load_header(self.path)
             form.check_forms(header.tensors, record)
             try:
@@ -208,12 +209,12 @@ class ScanState:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """A context in which what is wrong with a state becomes one line that says what to do."""
     try:
         yield
     except InvalidInput as error:
-        reason = str(error)
+        reason = str(error).replace(f"{path} ", "it ")
         for advice in ("download it again", "take an undamaged copy"):
             reason = reason.replace(f"; {advice}", "").replace(f": {advice}", "")
         raise InvalidInput(
