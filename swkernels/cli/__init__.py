@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -27,6 +27,7 @@ from .quantize import quantize
 from .rank import rank
 from .scale import scale
 from .scan import scan
+from .scan_many import scan_many
 from .train import train
 from .tune import tune
 
@@ -43,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(scan)
+app.command("scan-many")(scan_many)
 app.command()(rank)
 app.command()(ablate)
 app.command()(scale)
@@ -82,8 +84,15 @@ def _options(
     pass
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command with ``arguments`` (None: the process's own) and return the exit code."""
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    code_of: Callable[[Exception], int | None] = lambda error: None,
+) -> int:
+    """Run the command with ``arguments`` (None: the process's own) and return the exit code.
+
+    ``code_of`` may give a user's error another exit code than 2.
+    """
     if not sys.stderr.isatty():
         # Libraries' progress bars have no place in a log; read when tqdm is first imported.
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -97,10 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _ClickException as error:
         return _fail(error.format_message())
     except SwkernelsError as error:
-        return _fail(str(error))
+        return _fail(str(error), code_of(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}")
+        return _fail(f"{where}{error.strerror or error}", code_of(error))
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
@@ -115,6 +124,6 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int | None = None) -> int:
     print(f"swkernels: error: {' '.join(message.split())}", file=sys.stderr)
-    return USER_ERROR
+    return USER_ERROR if code is None else code
