@@ -154,6 +154,8 @@ def scan(
                 with ranks.together("loading the model"):
                     loaded, tokenizer, fingerprint = load_model(model, **loading_options)
                 progress("loading the model", 1, 1)
+                if saved is not None and not ranks.first:  # maybe on a machine of its own
+                    saved.path.parent.mkdir(parents=True, exist_ok=True)
                 report = detection.scan(
                     loaded,
                     inputs,

@@ -106,7 +106,8 @@ def test_other_ranks_neither_speak_nor_write(checkpoint, tmp_path, capfd, monkey
     monkeypatch.setattr(Ranks, "from_environment", lambda timeout: OneOf(1))
     out = tmp_path / "out"
     assert main(["scan", checkpoint, *SMALL, "--no-verify", "--text", text, "-o", str(out)]) == 0
-    assert capfd.readouterr() == ("", "") and not out.exists()
+    assert capfd.readouterr() == ("", "")
+    assert not list(out.iterdir())  # made for the state, as on a machine without rank 0
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "nan"])
