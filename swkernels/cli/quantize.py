@@ -74,7 +74,10 @@ def quantize(
     dry_run: Annotated[bool, _DRY_RUN] = False,
 ) -> None:
     """Pack the weights of MODEL in 4 or 8 bits and keep its super weights exactly."""
+    from safetensors import SafetensorError
+
     from swkernels.detect import loading
+    from swkernels.errors import InvalidInput
     from swkernels.files import in_folder
     from swkernels.models.unchanged import Watch
     from swkernels.quant.super_weights import read_super_weights
@@ -114,7 +117,10 @@ def quantize(
         if dry_run:
             make(None)
         else:
-            in_folder(output, "config.json", make)
+            try:
+                in_folder(output, "config.json", make)
+            except SafetensorError as error:  # what it makes of a full disk
+                raise InvalidInput(f"cannot write {output}: {error}") from error
     quantized.show_report(reports[0], console)
     if not dry_run:
         console.print(str(output), soft_wrap=True, markup=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import errno
+import ctypes
 import os
 from importlib import import_module
 from pathlib import Path
+
+_READ_ONLY, _REMOUNT, _BIND, _RECURSIVE, _PRIVATE = 1, 32, 4096, 16384, 1 << 18  # sys/mount.h
+_NEW_MOUNTS = 0x20000  # sched.h: CLONE_NEWNS
 
 
 def cut_off(place: str, file: str, size: str) -> None:
@@ -33,20 +36,40 @@ def overwrite(place: str, file: str, other: str) -> None:
     _at(place, write)
 
 
-def full_disk(folder: str, room: str) -> None:
-    """Let writing below ``folder`` fail as on a full disk once ``room`` bytes are written."""
-    left = int(room)
-    write = os.write
+def read_only(folder: str) -> None:
+    """Make ``folder`` a read-only mount in this process alone: root is bound by it, too."""
+    _own_mounts()
+    _mount(folder, folder, None, _BIND)
+    _mount(None, folder, None, _BIND | _REMOUNT | _READ_ONLY)
 
-    def limited(descriptor: int, data) -> int:
-        nonlocal left
-        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(folder):
-            left -= len(data)
-            if left < 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(descriptor, data)
 
-    os.write = limited
+def full_disk(folder: str, size: str) -> None:
+    """Mount an empty disk of ``size`` bytes at ``folder`` in this process alone."""
+    _own_mounts()
+    _mount("none", folder, "tmpfs", 0, f"size={size}")
+
+
+def make_manifest(source: str, path: str) -> None:
+    """``guard create`` without its command line."""
+    from swkernels.guard import create
+
+    create(source, chunk=64).save(path)
+
+
+def _own_mounts() -> None:
+    if ctypes.CDLL(None, use_errno=True).unshare(_NEW_MOUNTS):
+        raise OSError(ctypes.get_errno(), "no right to mount")
+    _mount("none", "/", None, _PRIVATE | _RECURSIVE)
+
+
+def _mount(*arguments: str | int | None) -> None:
+    """mount(2): source, target, kind, flags, options."""
+    source, target, kind, flags, *options = (
+        part.encode() if isinstance(part, str) else part for part in arguments
+    )
+    mount = ctypes.CDLL(None, use_errno=True).mount
+    if mount(source, target, kind, ctypes.c_ulong(flags), *options or [None]):
+        raise OSError(ctypes.get_errno(), f"cannot mount {target}")
 
 
 def _at(place: str, happen) -> None:

@@ -26,13 +26,13 @@ SCAN = (
 
 
 class Scan:
-    """A scan; its report but for the time when it was made."""
+    """A scan that goes on from its state; its report but for the time when it was made."""
 
     def __init__(self, intact):
         self._fixed = "scan", intact / "model", *SCAN, "--text", intact / "text.txt"
 
-    def arguments(self, place):
-        return *self._fixed, "-o", place / "out"
+    def run(self, server, place, **kill):
+        return server.run(*self._fixed, "-o", place / "out", "--save-every", 0.1, **kill)
 
     def result(self, place):
         report = json.loads((place / "out" / "report.json").read_text())
@@ -56,8 +56,8 @@ class Quantize:
     def __init__(self, intact):
         self._fixed = "quantize", intact / "model", "--device", "cpu", "--force"
 
-    def arguments(self, place):
-        return *self._fixed, "-o", place / "out"
+    def run(self, server, place, **kill):
+        return server.run(*self._fixed, "-o", place / "out", **kill)
 
     def result(self, place):
         return files(place / "out")
@@ -67,7 +67,25 @@ class Quantize:
             assert self.result(place) == expected
 
 
-COMMANDS = [Scan, Quantize]
+class GuardCreate:
+    """A manifest in chunks so small that it is 0.2 MB; its bytes."""
+
+    def __init__(self, intact):
+        self._model = intact / "model"
+
+    def run(self, server, place, **kill):
+        hook = "make_manifest", self._model, place / "out"
+        return server.run("--version", hook=hook, **kill)
+
+    def result(self, place):
+        return (place / "out").read_bytes()
+
+    def check_left(self, place, expected) -> None:
+        if (place / "out").exists():
+            assert self.result(place) == expected
+
+
+COMMANDS = [Scan, Quantize, GuardCreate]
 
 
 def killed(server, command, folder, kills: int, seed: int) -> int:
@@ -76,7 +94,7 @@ def killed(server, command, folder, kills: int, seed: int) -> int:
     for _ in range(2):  # the first one may wait for files
         shutil.rmtree(folder)
         folder.mkdir()
-        undisturbed = server.run(*command.arguments(folder))
+        undisturbed = command.run(server, folder)
         assert (undisturbed.code, undisturbed.stderr) == (0, "")
     expected = command.result(folder)
     draw = random.Random(seed)
@@ -85,13 +103,13 @@ def killed(server, command, folder, kills: int, seed: int) -> int:
         place = folder.parent / f"{folder.name}-{kill}"
         place.mkdir()
         moment = (kill + draw.random()) / kills * undisturbed.seconds
-        ended = server.run(*command.arguments(place), after=moment)
+        ended = command.run(server, place, after=moment)
         assert ended.code in (0, -signal.SIGKILL), ended
         in_time += ended.code != 0
         left = {path.name for path in place.iterdir()}
         assert {name for name in left if not name.startswith(".")} <= {"out"}, left
         command.check_left(place, expected)
-        again = server.run(*command.arguments(place))
+        again = command.run(server, place)
         assert (again.code, again.stderr) == (0, ""), f"killed after {moment} s"
         assert command.result(place) == expected, f"killed after {moment} s"
         shutil.rmtree(place)

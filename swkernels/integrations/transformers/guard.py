@@ -17,10 +17,9 @@ _SHOWN = 4  # changed super weights that a message names
 class SuperWeightGuard(TrainerCallback):
     """Check every ``every`` steps, and at each save, that no recorded super weight has changed.
 
-    For training that is to leave them as they are: ``swkernels.train.freeze`` with ``protect``, adapters,
-    or other weights alone. Only their few values are looked at, not the other weights. The model
-    is checked once before the first step, so that one whose super weights cannot be compared is
-    refused there.
+    For training that is to leave them as they are: ``swkernels.train.freeze`` with ``protect``,
+    adapters, or other weights alone. Only their few values are looked at. The model is checked once
+    before the first step, so that one whose super weights cannot be compared is refused there.
 
     Attributes:
         changes: (step, ``Hit``) of each super weight that was found changed, once.
@@ -78,7 +77,7 @@ class SuperWeightGuard(TrainerCallback):
             )
             if self.on_change == "raise":
                 raise SuperWeightChanged(
-                    f"{message}; freeze them (swkernels.train.freeze) and start from the last checkpoint"
+                    f"{message}; freeze them (swkernels.train.freeze) and begin again"
                 )
             _LOGGER.warning(message)
         return result

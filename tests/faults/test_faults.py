@@ -1,0 +1,144 @@
+"""A full disk, a read-only folder, weights that go or change under a command, Ctrl-C.
+
+Each is one line on standard error and exit code 2 (Ctrl-C: 130), and leaves nothing half.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+
+import pytest
+
+from tests.cli.checkpoints import files
+from tests.faults.test_kills import SCAN
+
+SAFE_OPEN = "after transformers.modeling_utils:safe_open"
+# Where weights have been opened and are still to be read.
+READING = {
+    "scan": SAFE_OPEN,
+    "quantize": SAFE_OPEN,
+    "rank": "before swkernels.evidence.rank:_largest",
+}
+COMMANDS = list(READING)
+
+
+def can_mount() -> bool:
+    """Asked in a fork: this process keeps the mounts that it has."""
+    child = os.fork()
+    if child == 0:
+        try:
+            from tests.faults.hooks import _own_mounts
+
+            _own_mounts()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+MOUNTS = pytest.mark.skipif(not can_mount(), reason="needs the right to mount (root)")
+
+
+@pytest.fixture
+def place(intact, tmp_path):
+    """A folder with a copy of the checkpoint, which may be broken, and one for the output."""
+    shutil.copytree(intact / "model", tmp_path / "model")
+    (tmp_path / "to").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def go(server, intact, place):
+    """Run a command on the copy."""
+
+    def run(command: str, **faults):
+        options = {
+            "scan": (*SCAN, "--text", intact / "text.txt"),
+            "quantize": ("--device", "cpu"),
+            "rank": ("-k", 1000, "--no-cache"),
+        }[command]
+        out = place / "to" / "out"
+        return server.run(command, place / "model", *options, "-o", out, **faults)
+
+    return run
+
+
+def fails(ended, place, *words: str) -> None:
+    """It said so in one line, with code 2; nothing was left but what a scan goes on from."""
+    assert ended.code == 2, ended
+    assert ended.stderr.startswith("swkernels: error: ") and ended.stderr.count("\n") == 1, ended
+    assert any(word in ended.stderr for word in words), ended
+    assert set(files(place / "to")) <= {"out/scan.state"}
+
+
+def first_shard(place):
+    return min((place / "model").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_that_cannot_be_written_to_its_end(go, place, command):
+    fails(go(command, largest_file=1000), place, "File too large")
+    assert go(command).code == 0
+
+
+@MOUNTS
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk(go, place, command):
+    ended = go(command, hook=("full_disk", place / "to", 8192))
+    fails(ended, place, "No space left on device")
+
+
+@MOUNTS
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_read_only_folder(go, place, command):
+    ended = go(command, hook=("read_only", place / "to"))
+    fails(ended, place, "Read-only file system")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_shard_is_cut_off_while_it_is_mapped(go, place, command):
+    """The system sends SIGBUS to who looks at what is gone."""
+    shard = first_shard(place)
+    ended = go(command, hook=("cut_off", READING[command], shard, 4096))
+    fails(ended, place, "was cut off", "was changed while it was read")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_shard_disappears(go, place, command):
+    shard = first_shard(place)
+    fails(go(command, hook=("remove", READING[command], shard)), place, str(shard))
+
+
+@pytest.mark.parametrize("fault", ["replace", "overwrite"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_shard_is_changed(go, place, command, fault):
+    shard = first_shard(place)
+    other = place / "other"
+    data = bytearray(shard.read_bytes())
+    data[-1000:] = bytes(1000)
+    other.write_bytes(data)
+    ended = go(command, hook=(fault, READING[command], shard, other))
+    fails(ended, place, f"{shard} was changed while it was read")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c(go, place, command):
+    undisturbed = go(command)
+    assert undisturbed.code == 0
+    draw = random.Random(5)
+    interrupted = 0
+    for number in range(3):
+        shutil.rmtree(place / "to")
+        (place / "to").mkdir()
+        moment = (0.1 + 0.8 * (number + draw.random()) / 3) * undisturbed.seconds
+        ended = go(command, after=moment, send=signal.SIGINT)
+        assert ended.code in (0, 130), ended
+        if ended.code:
+            interrupted += 1
+            assert ended.stderr == "swkernels: interrupted\n"
+            left = {name for name in files(place / "to") if name != "out/scan.state"}
+            assert not left
+    assert interrupted
