@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -97,8 +98,9 @@ def scan_many(
             # A line's own text takes the place of the text for all, whichever kind it is.
             options |= {k: checkpoint.options.get(k) for k in ("text", "dataset")}
         model = checkpoint.model
-        if Path(model).expanduser().exists():
-            model = str(Path(model).expanduser().absolute())
+        path = os.path.expanduser(model)
+        if os.path.exists(path):
+            model = os.path.abspath(path)
         extra = (*arguments(options), *trusted)
         tasks.append(
             Task(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -161,20 +162,25 @@ def _entry(text: str) -> tuple[str, str | None, dict]:
 def _check_model(model: str) -> None:
     if "\0" in model or model.startswith("-"):
         raise InvalidInput(f"{model!r} is no checkpoint: expected a path or a name on the hub")
-    if Path(model).exists():
+    if _path(model):
         return
     if model.lower().endswith(".gguf") or not _HUB_NAME.fullmatch(model) or ".." in model:
         raise InvalidInput(f"{model!r} is not there and no name on the hub")
 
 
 def _same(model: str) -> str:
-    path = Path(model)
-    return str(path.resolve()) if path.exists() else model
+    path = _path(model)
+    return str(path.resolve()) if path else model
+
+
+def _path(model: str) -> Path | None:
+    path = os.path.expanduser(model)
+    return Path(path) if os.path.exists(path) else None  # False as well where a name is too long
 
 
 def _plain(model: str) -> tuple[str, bool]:
     """A name made of letters, digits, ``.``, ``_`` and ``-``, and whether something was lost."""
-    path = Path(model)
-    name = path.resolve().name if path.exists() else model.replace("/", "--")
+    path = _path(model)
+    name = path.resolve().name if path else model.replace("/", "--")
     kept = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-")[:_LONGEST_NAME].rstrip(".")
     return kept or "model", kept != name

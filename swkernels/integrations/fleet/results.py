@@ -127,8 +127,9 @@ def key_of(model: str, arguments: tuple[str, ...]) -> str:
     """
     parts: list = [list(arguments)]
     for name in (model, *arguments):
-        path = Path(name).expanduser()
-        files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+        path = Path(os.path.expanduser(name))
+        folder = os.path.isdir(path)  # False as well where a text is too long for a name
+        files = sorted(path.glob("*")) if folder else [path] * os.path.isfile(path)
         parts.append([name, *(_stamp(file) for file in files if file.is_file())])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
