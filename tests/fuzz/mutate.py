@@ -51,7 +51,9 @@ def mutate_bytes(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 
 def mutate_json(rng: random.Random, document: object, other: object) -> bytes:
-    """One to three changes of values, keys and structure; as text."""
+    """One to three changes of values, keys and structure, or at times of the writing alone."""
+    if rng.random() < 0.06:
+        return json.dumps(_shuffled(rng, document), indent=rng.choice((None, 0, 3))).encode()
     changed = copy.deepcopy(document)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         changed = _change(rng, changed, other)
@@ -125,6 +127,15 @@ def _hostile(rng: random.Random, value: object, other: object) -> object:
         parent, key = rng.choice(places)
         return copy.deepcopy(parent[key])
     return str(value)[:1000] if not isinstance(value, str) else len(value)
+
+
+def _shuffled(rng: random.Random, document: object) -> object:
+    if isinstance(document, dict):
+        items = rng.sample(list(document.items()), len(document))
+        return {key: _shuffled(rng, value) for key, value in items}
+    if isinstance(document, list):
+        return [_shuffled(rng, value) for value in document]
+    return document
 
 
 def _places(document: object):

@@ -6,6 +6,7 @@ of a document. It raises AssertionError where something was accepted that should
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -18,7 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from swkernels.detect import loading, page, table
+from swkernels.detect.ranks import Ranks
 from swkernels.detect.report import ScanReport
+from swkernels.detect.scan import scan
+from swkernels.detect.state import ScanState
+from swkernels.detect.state_tensors import digest
 from swkernels.errors import InvalidInput
 from swkernels.evidence.compare_reports import read_reports
 from swkernels.guard.manifest import Manifest, canonical
@@ -31,6 +36,8 @@ from swkernels.quant.report import LayerReport, QuantReport
 from swkernels.train.coordinates import Coordinates, Site
 from swkernels.train.delta_top import delta_top
 from tests.detect import fake_report
+from tests.detect.planting import plant
+from tests.models.tiny import tiny_model, token_ids
 
 from .mutate import mutate_bytes, mutate_json
 
@@ -369,6 +376,85 @@ class Gguf(Subject):
             pass
 
 
+class State(Subject):
+    """The state of a scan that was ended."""
+
+    file = "scan.state"
+    resealed = False
+
+    def build(self):
+        subject = self
+
+        class Kept(ScanState):
+            def begin(self, identity, ranks):
+                subject.identity = identity
+                super().begin(identity, ranks)
+
+            def restore_peaks(self, record, batches):
+                subject.record, subject.batches = copy.deepcopy((record, batches))
+                return super().restore_peaks(record, batches)
+
+            def remove(self):
+                """The file stays, to be read again."""
+
+        model = tiny_model("llama")
+        plant(model, 1)
+        options = {"length": 24, "eval_length": 12, "null_draws": 1}
+        scan(model, token_ids(2, 24), state=Kept(self.path, 0), **options)
+        whole = self.path.read_bytes()
+        (self.folder / "whole").write_bytes(whole)
+        return whole, whole[::-1]
+
+    def mutant(self, rng):
+        if not self.resealed and rng.random() < 0.5:
+            return mutate_bytes(rng, self.original, self.donor)
+        with safe_open(self.folder / "whole", "pt") as file:
+            metadata = dict(file.metadata())
+            held = {name: file.get_tensor(name) for name in file.keys()}
+        if rng.random() < 0.1:
+            metadata["more"] = "a note"  # changes nothing
+        elif rng.random() < 0.2:
+            identity = json.loads(metadata["identity"])
+            metadata["identity"] = mutate_json(rng, identity, identity).decode("utf-8", "replace")
+        else:
+            name = rng.choice(list(held))
+            tensor = held[name].clone()
+            kind = rng.randrange(4)
+            if kind == 0 or not tensor.numel():
+                held.pop(name)
+            elif kind == 1:
+                held[name] = tensor.flatten()[: rng.randrange(tensor.numel())].contiguous()
+            elif kind == 2:
+                held[name] = tensor.to(rng.choice((torch.float32, torch.int32, torch.int64)))
+            else:
+                value = rng.choice((0, 1, -1, 2**31 - 1, 2**62))
+                tensor.view(-1)[rng.randrange(tensor.numel())] = value
+                held[name] = tensor
+        if self.resealed:
+            metadata["sha256"] = digest(metadata["identity"], held)
+        return save(held, metadata)
+
+    def read(self):
+        state = ScanState(self.path)
+        state.begin(self.identity, Ranks.alone())
+        return state.restore_peaks(self.record, self.batches)
+
+    def judge(self, accepted):
+        assert accepted <= {batch.first for batch in self.batches}
+        with safe_open(self.path, "pt") as found, safe_open(self.folder / "whole", "pt") as whole:
+            assert set(found.keys()) == set(whole.keys())
+            for name in whole.keys():
+                theirs, ours = found.get_tensor(name), whole.get_tensor(name)
+                assert theirs.dtype == ours.dtype
+                assert self.resealed or torch.equal(theirs, ours)
+
+
+class ResealedState(State):
+    """A state whose checksum was made anew after the change."""
+
+    resealed = True
+
+
 class AdapterConfig(Subject):
     """The configuration of a LoRA by PEFT, whose update is ranked."""
 
@@ -413,7 +499,8 @@ class MaskFile(Subject):
 
 
 ALL = (Header, Index, Config, Report, CoordinateList, CoordinateTensors, QuantizationReport,
-       AdapterConfig, MaskFile, GuardManifest, ResealedManifest, Gguf)  # fmt: skip
+       State, ResealedState, AdapterConfig, MaskFile, GuardManifest, ResealedManifest,
+       Gguf)  # fmt: skip
 
 
 def _strings(path: Path) -> list[str]:
