@@ -182,7 +182,7 @@ def _scan(
             if state is not None:
                 state.restore_cells(evaluator, projections)
                 evaluator.share_cells()
-                report_progress = _saving(report_progress, state, evaluator, projections)
+                report_progress = saving(report_progress, state, evaluator, projections)
             verification = verify(candidates, evaluator, config, report_progress)
     data = document(
         model,
@@ -200,7 +200,7 @@ def _scan(
     return data
 
 
-def _saving(progress: Progress, state: ScanState, evaluator, projections) -> Progress:
+def saving(progress: Progress, state: ScanState, evaluator, projections) -> Progress:
     """``progress`` that also saves: it is called after each measurement."""
 
     def call(stage: str, done: int, total: int) -> None:

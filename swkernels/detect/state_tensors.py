@@ -156,7 +156,7 @@ def check_values(
     tokens = sum(batch.ids.numel() for batch in batches)
     for site in range(len(record.states)):
         for name in ("inputs", "outputs"):
-            _check_keys(f"{name}.{site}", tensors[f"{name}.{site}"], tokens)
+            check_keys(f"{name}.{site}", tensors[f"{name}.{site}"], tokens)
         routed = tensors[f"routed.{site}"]
         if not 0 <= int(routed.min()) <= int(routed.max()) <= tokens:
             raise InvalidInput(f"routed.{site} counts more tokens than there are, or fewer than 0")
@@ -166,13 +166,14 @@ def check_values(
     samples = {sample for b in batches if b.first in set(done) for sample in b.samples}
     if not set(tensors["spiking"][:, 0].tolist()) <= samples:
         raise InvalidInput("it names spikes of samples that it has not seen")
-    _check_places(tensors["spiking"][:, 1:], record, "spikes", 0)
-    _check_places(tensors["sets"][:, 1:], record, "measured weights", -1)
+    check_places(tensors["spiking"][:, 1:], record, "spikes", 0)
+    check_places(tensors["sets"][:, 1:], record, "measured weights", -1)
     if len(tensors["cells.at"]) != len(tensors["cells.kl"]):
         raise InvalidInput("its measurements are not complete")
 
 
-def _check_keys(name: str, keys: torch.Tensor, tokens: int) -> None:
+def check_keys(name: str, keys: torch.Tensor, tokens: int) -> None:
+    """Raise InvalidInput unless ``keys`` are peaks at some of ``tokens`` tokens."""
     if int(keys.min()) < 0 or int(keys.max()) >= ops.INFINITY_KEY:
         raise InvalidInput(f"{name} has a peak that is no finite magnitude")
     seen = keys[keys > 0]
@@ -180,7 +181,7 @@ def _check_keys(name: str, keys: torch.Tensor, tokens: int) -> None:
         raise InvalidInput(f"{name} has a peak at a token that there is not")
 
 
-def _check_places(places: torch.Tensor, record: PeakRecord, what: str, least: int) -> None:
+def check_places(places: torch.Tensor, record: PeakRecord, what: str, least: int) -> None:
     """Check rows of (site, expert, row, column); ``least`` is the smallest number of an expert."""
     if not len(places):
         return

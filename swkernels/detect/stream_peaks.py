@@ -17,10 +17,11 @@ from swkernels.models.stepping import Call, Job, Lockstep, tensors_in
 from swkernels.models.streaming import PartStream
 
 from .candidates import find_spikes
-from .carry import Carry, digest_of
+from .carry import CannotGoOn, Carry, digest_of
 from .peaks import Batch, PeakRecord, batches, locator
 from .ranks import Ranks
 from .samples import Runner
+from .stream_state import Passed, StreamState
 from .tensor_bytes import packed, unpacked
 from .tracking import TrackHandle, track
 from .witness import Spike, read_residual, reading, same_stack
@@ -40,6 +41,7 @@ class StreamedPeaks:
         progress: called with (stage, done, total).
         ranks: who shares the work: samples, each rank reading all layers; or
         by_layers: layers, each rank reading a range of them and passing all samples on.
+        state: from which the pass goes on, and which it writes; of one process.
 
     Attributes:
         handle, record: as ``read_peaks`` gives them.
@@ -56,6 +58,7 @@ class StreamedPeaks:
         progress: Callable[[str, int, int], None],
         ranks: Ranks,
         by_layers: bool = False,
+        state: StreamState | None = None,
     ):
         self._stream = stream
         self._config = config
@@ -63,7 +66,9 @@ class StreamedPeaks:
         self._hidden = hidden
         self._progress = progress
         self._ranks = ranks
+        self._state = state
         self._relays = by_layers and ranks.size > 1
+        self._carrying = self._relays or state is not None
         every = batches(tokens, config.batch_size)
         self._batches = every if self._relays else every[ranks.rank :: ranks.size]
         self._locate = locator(tokens)
@@ -82,11 +87,13 @@ class StreamedPeaks:
             self.handle.interleave()
             self.record = PeakRecord(self.handle.states, config)
             self._sites: dict[str, list[int]] = defaultdict(list)
-            for site, state in enumerate(self.handle.states):
-                self._sites[state.projection.block_name].append(site)
+            for site, tracked in enumerate(self.handle.states):
+                self._sites[tracked.projection.block_name].append(site)
             self._lockstep = Lockstep(stream, hidden, self._part_done)
             if self._relays:
                 self._run_own_layers()
+            elif self._state is not None:
+                self._continue()
             elif self._batches:
                 self._lockstep.run(self._job(batch) for batch in self._batches)
             else:  # more ranks than batches
@@ -119,7 +126,7 @@ class StreamedPeaks:
             self._hidden.fetch(tensor)
 
     def _passed(self, batch: Batch, call: Call, output) -> None:
-        if self._relays and call.part in self._stream.blocks:
+        if self._carrying and call.part in self._stream.blocks:
             self._carries[batch.first].note(call.part, output)
         sites = self._sites.get(call.part)
         if not sites:
@@ -142,7 +149,7 @@ class StreamedPeaks:
                 return
             self._carries[batch.first].check(job.waiting)
             self._arriving.discard(batch.first)
-        if self._relays:
+        if self._carrying:
             self._hold_carry(batch.first)
 
     def _hold_carry(self, first: int) -> None:
@@ -179,7 +186,53 @@ class StreamedPeaks:
         for state in states:
             state.sample_inputs = state.sample_outputs = None
         self._done.append(part)
+        if self._state is not None and (self._state.due() or len(self._done) == len(self._sites)):
+            self._save([job for job, _ in calls])
         self._progress(_STEP, len(self._done), len(self._sites))
+
+    def _save(self, jobs: list[Job]) -> None:
+        carries = {}
+        for job in jobs:
+            if job.waiting is not None:
+                carries[job.order[0]] = self._carries[job.order[0]]
+                with self._hidden.present(tensors_in((job.waiting.args, job.waiting.kwargs))):
+                    carries[job.order[0]].digest = digest_of(job.waiting)
+        spikes = [self._entry(*entry) for entry in self._spikes]
+        passed = Passed(list(self._done), spikes, carries)
+        self._state.save_passed(self.record, passed, self._hidden.present)
+
+    def _continue(self) -> None:
+        """Go on after the last layer of the state, or begin where there is none."""
+        passed = self._state.restore_passed(self.record, self._batches)
+        if passed is None:
+            self._lockstep.run(self._job(batch) for batch in self._batches)
+            return
+        self._done = passed.parts
+        self._spikes = [self._spike(entry) for entry in passed.spikes]
+        if len(self._done) < len(self._sites):
+            for first, carry in passed.carries.items():
+                self._arrive(first, carry.to_dict(), carry.tensors())
+            try:
+                self._lockstep.run(self._arrived())
+            except CannotGoOn as error:
+                raise InvalidInput(
+                    f"cannot continue from the state {self._state.path}: {error}; delete it to "
+                    "start anew"
+                ) from error
+
+    def _arrive(self, first: int, carry: dict, tensors: list[torch.Tensor]) -> None:
+        """Take over where the forward of a batch stands."""
+        tensors = [tensor.to(self._stream.device, copy=True) for tensor in tensors]
+        self._carries[first] = Carry.from_dict(carry, tensors)
+        self._arriving.add(first)
+        self._hold_carry(first)
+
+    def _arrived(self) -> list[Job]:
+        parts = list(self._stream.parts)
+        played = {b.first: self._carries[b.first].played(parts) for b in self._batches}
+        first = next(iter(played.values()))
+        self._stream.expect(next(block for block in self._stream.blocks if block not in first))
+        return [self._job(batch, played[batch.first]) for batch in self._batches]
 
     def _projection(self, site: int):
         return self.handle.states[site].projection
@@ -194,16 +247,8 @@ class StreamedPeaks:
             spikes, _ = ranks.receive(ranks.rank - 1, _STEP)
             self._spikes = [self._unpacked(entry) for entry in spikes]
             for batch in self._batches:
-                document, tensors = ranks.receive(ranks.rank - 1, _STEP)
-                tensors = [tensor.to(stream.device) for tensor in tensors]
-                self._carries[batch.first] = Carry.from_dict(document, tensors)
-                self._arriving.add(batch.first)
-                self._hold_carry(batch.first)
-        parts = list(stream.parts)
-        jobs = [
-            self._job(batch, self._carries[batch.first].played(parts)) for batch in self._batches
-        ]
-        self._lockstep.run(jobs, following, self._pass_on)
+                self._arrive(batch.first, *ranks.receive(ranks.rank - 1, _STEP))
+        self._lockstep.run(self._arrived(), following, self._pass_on)
         self.record.merge(ranks, _STEP)
         elsewhere = [sites for part, sites in self._sites.items() if part not in self._done]
         self.record.finish(site for sites in elsewhere for site in sites)
@@ -228,7 +273,8 @@ class StreamedPeaks:
             found = [self._unpacked(entry) for entries in every for entry in entries]
         return [spike for _, _, spike in sorted(found, key=lambda entry: entry[:2])]
 
-    def _packed(self, site: int, number: int, spike: Spike) -> dict:
+    def _entry(self, site: int, number: int, spike: Spike) -> dict:
+        """A spike as JSON's types, but for x and w."""
         return {
             "site": site,
             "number": number,
@@ -239,20 +285,25 @@ class StreamedPeaks:
             "offset": spike.offset,
             "peak": spike.peak,
             "prominence": spike.prominence,
-            "x": None if spike.x is None else packed(spike.x),
-            "w": None if spike.w is None else packed(spike.w),
             "residual": spike.residual,
+            "x": spike.x,
+            "w": spike.w,
         }
 
+    def _packed(self, site: int, number: int, spike: Spike) -> dict:
+        entry = self._entry(site, number, spike)
+        sides = {side: entry[side] for side in "xw"}
+        return entry | {s: None if t is None else packed(t) for s, t in sides.items()}
+
     def _unpacked(self, entry: dict) -> tuple[int, int, Spike]:
-        site, number = entry["site"], entry["number"]
-        names = ("expert", "row", "sample", "position", "offset", "peak", "prominence", "residual")
-        x, w = (None if entry[side] is None else unpacked(entry[side]) for side in "xw")
-        return (
-            site,
-            number,
-            Spike(self._projection(site), **{name: entry[name] for name in names}, x=x, w=w),
+        sides = {side: entry[side] for side in "xw"}
+        return self._spike(
+            entry | {s: None if d is None else unpacked(d) for s, d in sides.items()}
         )
+
+    def _spike(self, entry: dict) -> tuple[int, int, Spike]:
+        fields = {k: v for k, v in entry.items() if k not in ("site", "number")}
+        return entry["site"], entry["number"], Spike(self._projection(entry["site"]), **fields)
 
 
 def split_by_size(sizes: list[int], count: int) -> list[int]:

@@ -17,12 +17,14 @@ from . import loading
 from . import samples as sampling
 from .candidates import find_candidates
 from .document import document
+from .identity import identity
 from .peaks import locator
 from .ranks import Ranks
 from .report import ScanReport
-from .scan import Progress, ScanConfig, configured, prepared, what_is_scanned
+from .scan import Progress, ScanConfig, configured, prepared, saving, what_is_scanned
 from .stream_evaluate import StreamedEvaluator
 from .stream_peaks import StreamedPeaks
+from .stream_state import StreamState
 from .verify import verify
 
 BUDGET = 2 << 30  # bytes of hidden states in host memory
@@ -44,6 +46,7 @@ def scan_stream(
     text_source: str | None = None,
     ranks: Ranks | None = None,
     by_layers: bool = False,
+    state: StreamState | None = None,
     **settings,
 ) -> ScanReport:
     """Scan a checkpoint that need not fit into memory: ``scan``, layer by layer.
@@ -64,6 +67,8 @@ def scan_stream(
         ranks: the processes that share the work, as of ``scan``. Each reads all layers and passes
             a part of the samples through them; or
         by_layers: each reads a range of the layers for the peaks, and passes all samples on.
+        state: the file from which this scan goes on if it is there, and which it writes after
+            layers; the caller removes it when the report is safe. Not with several ranks.
 
     Raises:
         InvalidInput: as ``scan`` and ``load_model``; the weights are quantized; a file changes.
@@ -85,8 +90,16 @@ def scan_stream(
         tokens, windows, text_source = prepared(
             model, inputs, eval_inputs, tokenizer, config, text_source
         )
+        fingerprint = loading.fingerprint(folder)
         if ranks.size > 1:
             ranks.check_equal(what_is_scanned(model, config, tokens, windows), "what they scan")
+        if state is not None:
+            if ranks.size > 1:
+                raise InvalidInput(
+                    "a scan layer by layer of several ranks keeps no state: give none, or scan "
+                    "with one process"
+                )
+            state.begin(identity(model, config, tokens, windows, fingerprint, folder, ranks), ranks)
         hidden = HiddenStates(budget, None if spill is None else Path(spill))
         weights = next(model.parameters()).dtype
         progress = progress or (lambda stage, done, total: None)
@@ -99,7 +112,7 @@ def scan_stream(
                 runner = sampling.Runner(model)
                 runner.device = stream.device
                 peaks = StreamedPeaks(
-                    stream, runner, tokens, config, hidden, progress, ranks, by_layers
+                    stream, runner, tokens, config, hidden, progress, ranks, by_layers, state
                 )
                 candidates = find_candidates(peaks.handle.states, peaks.spikes, config)
                 verification = None
@@ -109,6 +122,9 @@ def scan_stream(
                     evaluator = StreamedEvaluator(
                         stream, runner, hidden, windows, projections, config.seed, ranks
                     )
+                    if state is not None:
+                        state.restore_cells(evaluator, projections)
+                        progress = saving(progress, state, evaluator, projections)
                     verification = verify(candidates, evaluator, config, progress)
         finally:
             hidden.close()
@@ -125,7 +141,7 @@ def scan_stream(
     )
     data["model"].update(
         name=str(source),
-        fingerprint=loading.fingerprint(folder),
+        fingerprint=fingerprint,
         device=device,
         streamed={
             "bytes_read": stream.bytes_read,

@@ -101,6 +101,12 @@ class PartStream:
         if following is not None and self._ahead is None:
             self._ahead = (following, self._pool.submit(self._read, following))
 
+    def expect(self, block: str) -> None:
+        """Say that after the embeddings ``block`` comes first: those before it are not run."""
+        for name in self._following:
+            if name not in self.blocks and self._following[name] in self.blocks:
+                self._following[name] = block
+
     def order(self, part: str) -> int:
         """The place of a part among ``parts``."""
         return self._order[part]
