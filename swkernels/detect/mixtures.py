@@ -47,11 +47,12 @@ def mixtures(report: dict) -> list[Mixture]:
         report: the document of a scan (docs/report.md).
     """
     found: dict[tuple[int, str], Mixture] = {}
-    for entry in [*report["layers"], *report.get("unseen", ())]:
+    unseen = [{**entry, "routed": 0} for entry in report.get("unseen", ())]
+    for entry in [*report["layers"], *unseen]:
         layer, name = entry["layer"], entry.get("mixture")
-        if name is not None:
+        if name is not None and entry["expert"] is not None and "routed" in entry:
             mixture = found.setdefault((layer, name), Mixture(layer, name))
-            mixture.routed[entry["expert"]] = entry.get("routed", 0)
+            mixture.routed[entry["expert"]] = entry["routed"]
     return sorted(found.values(), key=lambda mixture: mixture.layer)
 
 

@@ -10,10 +10,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from . import plots
+from .mixtures import Mixture, mixtures, ranges, unseen_sentence
+from .routing_plot import routing_svg
 from .table import interval, number, percent, position, visible
 
 POSITIONS_SHOWN = 20
 TOKEN_LENGTH = 32
+UNSEEN_OPEN = 8  # a longer list of layers with unseen experts is folded
 _ROLES = {verdict: role for verdict, (role, _) in plots.VERDICTS.items()}
 
 
@@ -32,6 +35,9 @@ def render(report: dict) -> str:
         "ratios": plots.ratios_svg(report),
         "consistency": plots.consistency_svg(report),
     }
+    experts = mixtures(report)
+    if experts:
+        figures["routing"] = routing_svg(report)
     return (
         _environment()
         .get_template("page.html.j2")
@@ -39,7 +45,11 @@ def render(report: dict) -> str:
             report=report,
             figures={name: _inline(name, svg) for name, svg in figures.items()},
             headline=_headline(report),
-            tiles=_tiles(report),
+            tiles=_tiles(report, experts),
+            mixtures=experts,
+            unseen=[mixture for mixture in experts if mixture.unseen],
+            unseen_sentence=unseen_sentence(report),
+            unseen_open=UNSEEN_OPEN,
             methods=_methods(report),
             positions=report["consistency"]["positions"][:POSITIONS_SHOWN],
             colors=plots.COLORS,
@@ -62,6 +72,7 @@ def _environment() -> Environment:
         pct=lambda value: _data(value, percent(value)),
         interval=interval,
         position=position,
+        ranges=ranges,
         role=lambda verdict: _ROLES.get(verdict, "candidate"),
         without=lambda s: {entry["candidate"]: entry for entry in s["leave_one_out"]},
         token=lambda text: "" if text is None else visible(text, TOKEN_LENGTH),
@@ -112,10 +123,11 @@ def _headline(report: dict) -> dict:
             "text": f"{_plural(len(candidates), 'candidate')}, not verified",
             "role": "candidate",
         }
-    return {"text": "No super weight found", "role": "input"}
+    reached = " in what tokens reached" if report.get("unseen") else ""
+    return {"text": f"No super weight found{reached}", "role": "input"}
 
 
-def _tiles(report: dict) -> list[dict]:
+def _tiles(report: dict, experts: list[Mixture]) -> list[dict]:
     """The key numbers: each a label, a value, how it is written, and a note."""
     inputs, model = report["inputs"], report["model"]
     baseline, null = report["baseline"] or {}, report["null_distribution"] or {}
@@ -130,6 +142,10 @@ def _tiles(report: dict) -> list[dict]:
         ("tokens read", inputs["tokens"], None, f"in {_plural(inputs['samples'], 'sample')}"),
         ("parameters", size, _size(size), model["dtype"]),
     ]
+    if experts:
+        every = sum(len(mixture.routed) for mixture in experts)
+        unseen = sum(len(mixture.unseen) for mixture in experts)
+        rows.append(("experts unseen", unseen, None, f"of {every}"))
     names = ("label", "value", "written", "note")
     return [dict(zip(names, (label, v, w or number(v), note))) for label, v, w, note in rows]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -60,18 +61,14 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
-_WIDTH = 9.2  # inches
+WIDTH = 9.2  # inches
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # an SVG's text would show markup raw
 _ANNOTATIONS = 6  # per panel: more would cover each other
 
 
 def spikes_png(report: dict) -> bytes:
     """Draw the peaks of every layer as PNG, 150 dots an inch. See ``spikes_svg``."""
-    with matplotlib.rc_context(_STYLE):
-        figure = _spikes(report)
-        file = io.BytesIO()
-        FigureCanvasAgg(figure).print_figure(file, dpi=150, facecolor="white", metadata=_PNG)
-    return file.getvalue()
+    return png_of(_spikes, report)
 
 
 def spikes_svg(report: dict) -> str:
@@ -81,12 +78,12 @@ def spikes_svg(report: dict) -> str:
     the maximum over them. A channel that stands out by the scan's ``prominence`` is named, and
     candidates are marked in the colour of their verdict.
     """
-    return _svg(_spikes, report)
+    return svg_of(_spikes, report)
 
 
 def consistency_svg(report: dict) -> str:
     """Draw how many positions spike in which share of the samples, and how that settled."""
-    return _svg(_consistency, report)
+    return svg_of(_consistency, report)
 
 
 def ratios_svg(report: dict) -> str:
@@ -95,14 +92,24 @@ def ratios_svg(report: dict) -> str:
     The band is the range of the null draws; the dashed lines are the scan's two thresholds.
     Infinite and NaN ratios stand at the right edge, with their name.
     """
-    return _svg(_ratios, report)
+    return svg_of(_ratios, report)
 
 
 _PNG = {"Software": None}
 _SVG = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
-def _svg(draw, report: dict) -> str:
+def png_of(draw: Callable[[dict], Figure], report: dict) -> bytes:
+    """Draw a figure of a report as PNG, 150 dots an inch, on white."""
+    with matplotlib.rc_context(_STYLE):
+        file = io.BytesIO()
+        canvas = FigureCanvasAgg(draw(report))
+        canvas.print_figure(file, dpi=150, facecolor="white", metadata=_PNG)
+    return file.getvalue()
+
+
+def svg_of(draw: Callable[[dict], Figure], report: dict) -> str:
+    """Draw a figure of a report as an SVG element that can stand in HTML."""
     with matplotlib.rc_context(_STYLE):
         file = io.StringIO()
         FigureCanvasSVG(draw(report)).print_svg(file, metadata=_SVG)
@@ -111,7 +118,7 @@ def _svg(draw, report: dict) -> str:
 
 
 def _spikes(report: dict) -> Figure:
-    figure = Figure(figsize=(_WIDTH, 5.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
     outputs, inputs = figure.subplots(2, 1, sharex=True)
     layers = sorted({entry["layer"] for entry in report["layers"]})
     for axes, side, title in (
@@ -189,8 +196,9 @@ def _annotate(axes: Axes, strongest: dict[int, dict], side: str, limit: float) -
         if len(named) == _ANNOTATIONS:
             break
         named.append(layer)
+        expert = "" if entry["expert"] is None else f"expert {entry['expert']}, "
         axes.annotate(
-            f"ch {entry[f'{side}_peak']['channel']}",
+            f"{expert}ch {entry[f'{side}_peak']['channel']}",
             (layer, value),
             xytext=(0, 8),
             textcoords="offset points",
@@ -212,7 +220,7 @@ def _positive(value: float | None) -> float:
 
 def _consistency(report: dict) -> Figure:
     consistency = report["consistency"]
-    figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     shares, settling = figure.subplots(1, 2)
     samples = max(consistency["samples"], 1)
     bins = min(samples, 20)
@@ -250,7 +258,7 @@ def _consistency(report: dict) -> Figure:
 
 def _ratios(report: dict) -> Figure:
     rows = _ratio_rows(report)
-    figure = Figure(figsize=(_WIDTH, 1.5 + 0.27 * max(len(rows), 1)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.5 + 0.27 * max(len(rows), 1)), layout="constrained")
     axes = figure.subplots()
     if not rows:
         axes.set_axis_off()

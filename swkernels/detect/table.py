@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .mixtures import mixtures, ranges
+
 STYLES = {
     "super weight": "bold red",
     "critical set": "bold red",
@@ -18,6 +20,7 @@ STYLES = {
     "candidate": "cyan",
 }
 NOTHING = "-"
+UNSEEN_SHOWN = 6  # layers
 
 
 def render(report: dict, console: Console) -> None:
@@ -33,6 +36,10 @@ def render(report: dict, console: Console) -> None:
         console.print(_candidates(report))
     if report["sets"]:
         console.print(_sets(report))
+    if report.get("super_experts"):
+        console.print(_super_experts(report))
+    for line in _experts(report):
+        console.print(Text(line))
     for line in (_baseline(report), _null(report), _consistency(report)):
         console.print(Text(line))
     console.print()
@@ -152,6 +159,50 @@ def _sets(report: dict) -> Table:
         ]
         _row(table, s["verdict"], cells)
     return table
+
+
+def _super_experts(report: dict) -> Table:
+    columns = [
+        ("layer", "right"),
+        ("expert", "right"),
+        ("tokens", "right"),
+        ("holds", "left"),
+        ("ratio\n(95 % interval)", "left"),
+        ("of zeroing", "left"),
+    ]
+    table = _table("Super experts (hold a super weight or a member of a critical set)", columns)
+    for e in report["super_experts"]:
+        held = [report["candidates"][i] for i in e["candidates"]]
+        cells = [
+            str(e["layer"]),
+            str(e["expert"]),
+            f"{e['routed']}\n{percent(e['routed_share'])}",
+            "\n".join(f"#{c['id']} [{c['row']}, {c['column']}]" for c in held),
+            f"{number(e['ratio'])}\n{interval(e, 3)}",
+            ", ".join(f"#{i}" for i in e["zeroed"]),
+        ]
+        _row(table, "super weight", cells)
+    return table
+
+
+def _experts(report: dict) -> list[str]:
+    """How tokens were routed, and which experts none has reached, in a few lines."""
+    found = mixtures(report)
+    if not found:
+        return []
+    counts = sorted(count for mixture in found for count in mixture.routed.values())
+    middle = counts[(len(counts) - 1) // 2]
+    lines = [
+        f"Experts: {len(counts)} in {len(found)} mixtures; tokens of an expert: least "
+        f"{counts[0]}, median {middle}, most {counts[-1]}"
+    ]
+    unseen = [mixture for mixture in found if mixture.unseen]
+    for mixture in unseen[:UNSEEN_SHOWN]:
+        experts = visible(ranges(mixture.unseen), 70)
+        lines.append(f"Unseen in layer {mixture.layer}: {experts}")
+    if len(unseen) > UNSEEN_SHOWN:
+        lines.append(f"Unseen in {len(unseen) - UNSEEN_SHOWN} more layers: the report has them")
+    return lines
 
 
 def _baseline(report: dict) -> str:
