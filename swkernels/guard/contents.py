@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from swkernels.errors import InvalidInput
-from swkernels.models.checkpoint import find_checkpoint, read_header, weight_files
+from swkernels.models.checkpoint import find_checkpoint, weight_files
+from swkernels.models.safetensors_header import Header, load_header
 
 from .digests import hasher
 from .manifest import NAME, File
-from .reading import Stretch
+from .reading import State, Stretch, check_same, state_of
 
 # What a model is loaded from besides its weights, and weights in other formats.
 _TEXTS = {".json", ".jsonl", ".txt", ".model", ".py", ".jinja", ".tiktoken", ".vocab", ".spm"}
@@ -46,6 +46,7 @@ class Contents:
         headers: by file of weights: its size, and the digest of the bytes of its header.
         entries: the tensors by name, in the order in which the files hold them.
         others: the other files, by name.
+        states: what tells whether a file has changed, by path.
         problems: (file, why) of files of weights that cannot be read.
     """
 
@@ -53,7 +54,13 @@ class Contents:
     headers: dict[str, File]
     entries: dict[str, Entry]
     others: dict[str, Stretch]
+    states: dict[Path, State]
     problems: tuple[tuple[str, str], ...] = ()
+
+    def check_same(self) -> None:
+        """Raise InvalidInput if a file has changed since its header was read."""
+        for path, state in self.states.items():
+            check_same(path, state)
 
     @property
     def label(self) -> str:
@@ -63,11 +70,6 @@ class Contents:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor."""
         return {name: entry.shape for name, entry in self.entries.items()}
-
-    def files(self) -> list[Path]:
-        """The files of weights."""
-        folder = folder_of(self.path)
-        return [folder / name for name in self.headers]
 
 
 def folder_of(path: Path) -> Path:
@@ -93,26 +95,28 @@ def look(source: str | Path, hash: str, known: tuple[str, ...] | None = None) ->
     files = _files(path, known, problems)
     headers: dict[str, File] = {}
     entries: dict[str, Entry] = {}
+    states: dict[Path, State] = {}
     digest = hasher(hash)
     for file in files:
         try:
-            header = read_header(file)
-            size = file.stat().st_size
-            tensors = _tensors(file, header)
-        except (InvalidInput, OSError) as error:
+            states[file] = state_of(file)
+            header = load_header(file)
+        except InvalidInput as error:
             if known is None:
                 raise
             problems.append((file.name, str(error)))
             continue
-        headers[file.name] = File(file.name, size, digest(header))
-        for tensor in tensors:
+        headers[file.name] = File(file.name, states[file].size, digest(header.raw))
+        for tensor in _tensors(file, header):
             if tensor.name in entries:
                 twice = f"{tensor.name} is also in {entries[tensor.name].file}"
                 if known is None:
                     raise InvalidInput(f"{file}: {twice}; give one file")
                 problems.append((file.name, twice))
             entries.setdefault(tensor.name, tensor)
-    return Contents(path, headers, entries, _others(path, files), tuple(problems))
+    others = _others(path, files)
+    states |= {stretch.path: state_of(stretch.path) for stretch in others.values()}
+    return Contents(path, headers, entries, others, states, tuple(problems))
 
 
 def _files(path: Path, known: tuple[str, ...] | None, problems: list) -> list[Path]:
@@ -128,14 +132,12 @@ def _files(path: Path, known: tuple[str, ...] | None, problems: list) -> list[Pa
         return [file for file in present if file.name in known] or present
 
 
-def _tensors(file: Path, header: bytes) -> list[Entry]:
+def _tensors(file: Path, header: Header) -> list[Entry]:
     """The tensors of a file, in the order of their bytes (and of their names, where empty)."""
     found = []
-    for name, entry in json.loads(header).items():
-        if name == "__metadata__":
-            continue
+    for name, entry in header.tensors.items():
         start, end = entry["data_offsets"]
-        stretch = Stretch(file, 8 + len(header) + start, end - start)
+        stretch = Stretch(file, 8 + len(header.raw) + start, end - start)
         found.append(Entry(name, entry["dtype"], tuple(entry["shape"]), file.name, stretch))
     return sorted(found, key=lambda entry: (entry.stretch.start, entry.stretch.size, entry.name))
 

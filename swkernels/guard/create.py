@@ -58,6 +58,7 @@ def create(
     digests = digest_stretches(
         stretches, chunk=chunk, hash=hash, threads=threads, progress=progress
     )
+    contents.check_same()
     tensors = tuple(
         Tensor(
             entry.name, entry.dtype, entry.shape, entry.stretch.size, entry.file, found,

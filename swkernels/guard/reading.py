@@ -7,13 +7,14 @@ stands for are compared before and after.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from threading import local
+from typing import NamedTuple
 
 from swkernels.errors import InvalidInput
 
@@ -135,7 +136,7 @@ def read_bytes(path: Path, start: int, size: int) -> bytes:
 
 
 @contextmanager
-def opened(path: Path):
+def opened(path: Path) -> Iterator[int]:
     """A context with the descriptor of a file to be read; leaving it asks whether it is the same.
 
     Raises:
@@ -148,15 +149,45 @@ def opened(path: Path):
     try:
         before = _state(os.fstat(handle))
         yield handle
-        try:
-            after, named = _state(os.fstat(handle)), _state(os.stat(path))
-        except FileNotFoundError as error:
-            raise InvalidInput(f"{path} disappeared while it was read") from error
-        if not before == after == named:
-            raise InvalidInput(f"{path} changed while it was read: check it when nobody writes")
+        if _state(os.fstat(handle)) != before:
+            raise _changed(path)
+        check_same(path, before)
     finally:
         os.close(handle)
 
 
-def _state(status: os.stat_result) -> tuple:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+class State(NamedTuple):
+    """What tells whether a file has changed."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+
+def state_of(path: Path) -> State:
+    """Return the state of a file now, or raise InvalidInput."""
+    try:
+        return _state(os.stat(path))
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def check_same(path: Path, state: State) -> None:
+    """Raise InvalidInput if a file is not in this state any more, or gone."""
+    try:
+        now = _state(os.stat(path))
+    except FileNotFoundError as error:
+        raise InvalidInput(f"{path} disappeared while it was read") from error
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error
+    if now != state:
+        raise _changed(path)
+
+
+def _changed(path: Path) -> InvalidInput:
+    return InvalidInput(f"{path} changed while it was read: check it when nobody writes to it")
+
+
+def _state(status: os.stat_result) -> State:
+    return State(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

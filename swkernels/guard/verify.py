@@ -58,6 +58,7 @@ def verify(
         threads=threads,
         progress=progress,
     )
+    contents.check_same()
     findings = [Finding("unreadable file", name, why) for name, why in contents.problems]
     findings += _tensors_differ(manifest, contents)
     for (tensor, entry), found in zip(same, digests):
