@@ -119,7 +119,7 @@ def scan(
     config = detection.ScanConfig(**{k: v for k, v in settings.items() if v is not None})
     _check_options(config, device, dtype)
     streaming = _streaming(stream, budget, spill, by_layers)
-    state_options = _state_options(stream, output, state, save_every, fresh)
+    state_options = _state_options(output, state, save_every, fresh)
     inputs, source = _inputs(text, dataset)
     eval_inputs = _read(eval_text)
     timeout = together.TIMEOUT if rank_timeout is None else rank_timeout
@@ -128,7 +128,9 @@ def scan(
         ranks.together("writing the report"),
     ):
         console = make_console(quiet=not ranks.first)
-        saved = _saved_state(state_options, loading.files_of(model), console)
+        if stream and ranks.size > 1 and state is None:
+            state_options = None  # of a scan layer by layer one process alone keeps a state
+        saved = _saved_state(state_options, stream, loading.files_of(model), console)
         output = output if ranks.first else None
         with OutputDirectory(output) as folder, stages(console) as progress:
             common = {
@@ -147,7 +149,13 @@ def scan(
                 from swkernels.detect.streamed import scan_stream
 
                 report = scan_stream(
-                    model, inputs, text_source=source, **streaming, **loading_options, **common
+                    model,
+                    inputs,
+                    text_source=source,
+                    state=saved,
+                    **streaming,
+                    **loading_options,
+                    **common,
                 )
             else:
                 progress("loading the model", 0, 1)
@@ -219,7 +227,7 @@ def _streaming(stream: bool, budget: str | None, spill: Path | None, by_layers: 
 
 
 def _state_options(
-    stream: bool, output: Path | None, state: Path | None, every: float | None, fresh: bool
+    output: Path | None, state: Path | None, every: float | None, fresh: bool
 ) -> dict | None:
     """Where and how often a scan keeps its state; None where it keeps none.
 
@@ -231,12 +239,6 @@ def _state_options(
 
     given = {"--state": state, "--save-every": every, "--fresh": fresh or None}
     named = [name for name, value in given.items() if value is not None]
-    if stream:
-        if named:
-            raise InvalidInput(
-                f"{named[0]} does not go with --stream, which starts anew each time: leave it out"
-            )
-        return None
     if state is None and output is None:
         if named:
             raise InvalidInput(f"{named[0]} needs a place for the state: give --state or -o")
@@ -246,13 +248,15 @@ def _state_options(
     return {"path": state or output / STATE, "every": every, "fresh": fresh}
 
 
-def _saved_state(options: dict | None, files: Path | None, console):
-    """The ``ScanState`` of these options: it speaks on the console, and of trouble on stderr."""
+def _saved_state(options: dict | None, stream: bool, files: Path | None, console):
+    """The state of these options: it speaks on the console, and of trouble on stderr."""
     from swkernels.detect.state import ScanState
+    from swkernels.detect.stream_state import StreamState
 
     if options is None:
         return None
-    return ScanState(
+    kind = StreamState if stream else ScanState
+    return kind(
         **options,
         files=files,
         notice=lambda line: console.print(line, soft_wrap=True, markup=False),

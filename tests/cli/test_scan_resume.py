@@ -93,7 +93,6 @@ def test_a_state_of_another_scan_is_refused_and_fresh_starts_anew(
         (["--fresh"], "--fresh needs a place for the state"),
         (["--save-every", "5"], "--save-every needs a place for the state"),
         (["--state", "s", "--save-every", "-1"], "between two states must be at least 0"),
-        (["--stream", "--state", "s"], "--state does not go with --stream"),
     ],
 )
 def test_options_that_do_not_go_together(planted, capfd, options, message):
