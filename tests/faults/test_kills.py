@@ -9,6 +9,8 @@ import signal
 
 import pytest
 
+from swkernels.detect.state import ScanState
+from swkernels.models.safetensors_header import load_header
 from tests.cli.checkpoints import files
 
 SCAN = (
@@ -48,6 +50,8 @@ class Scan:
             assert (out / "report.html").read_text().rstrip().endswith("</html>")
         if (out / "spikes.png").exists():
             assert b"IEND" in (out / "spikes.png").read_bytes()[-12:]
+        if (out / "scan.state").exists():
+            assert load_header(out / "scan.state").metadata["schema"] == ScanState.SCHEMA
 
 
 class Quantize:
@@ -122,7 +126,7 @@ def test_killed_and_started_again(server, intact, tmp_path, command):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, Continued])
 def test_killed_at_50_moments(server, intact, tmp_path, command):
     in_time = killed(server, command(intact), tmp_path / "out", kills=50, seed=2)
     print(f"{command.__name__}: {in_time} of 50 kills came before the end")
