@@ -126,7 +126,7 @@ def test_killed_and_started_again(server, intact, tmp_path, command):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("command", [*COMMANDS, Continued])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_killed_at_50_moments(server, intact, tmp_path, command):
     in_time = killed(server, command(intact), tmp_path / "out", kills=50, seed=2)
     print(f"{command.__name__}: {in_time} of 50 kills came before the end")
