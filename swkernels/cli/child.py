@@ -42,7 +42,7 @@ def _die_with_parent(parent: str | None) -> None:
 
 if __name__ == "__main__":
     _die_with_parent(os.environ.pop("SWKERNELS_PARENT", None))
-    # A worker may block or ignore Ctrl-C, which is how it lets this process save its state and go.
+    # A worker may block or ignore Ctrl-C, which is how it lets this process clean up and go.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sys.exit(main(code_of=lambda error: MAY_PASS if may_pass(error) else None))

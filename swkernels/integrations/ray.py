@@ -91,7 +91,7 @@ class RayExecutor:
         return [(handle, self._result(handle)) for handle in done]
 
     def cancel(self, handles: list) -> None:
-        """Interrupt tasks, so that scans save their state; end those that do not stop."""
+        """Interrupt tasks, so that scans can clean up; end those that do not stop."""
         for handle in handles:
             self._ray.cancel(handle)
         if handles:

@@ -107,7 +107,7 @@ def _another_key(folder: Path, key: str) -> bool:
 def _attempt(task: Task, number: int, fresh: bool, deadline: float | None) -> int | None:
     """Run the scan once; its exit code, or None where time ran out."""
     command = [*task.command, "scan", task.model, "-o", task.folder, *task.arguments]
-    if fresh and "--stream" not in task.arguments:
+    if fresh:
         command.append("--fresh")
     with open(Path(task.folder) / LOG, "a", encoding="utf-8") as log:
         log.write(f"{_ATTEMPT}{number}\n")
@@ -132,7 +132,7 @@ def _attempt(task: Task, number: int, fresh: bool, deadline: float | None) -> in
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Let a scan that still runs save its state and go, and end it where it does not."""
+    """Let a scan that still runs clean up and go, and end it where it does not."""
     for sign in (signal.SIGINT, signal.SIGKILL):
         if process.poll() is not None:
             return
