@@ -23,6 +23,7 @@ READING = {
     "rank": "before swkernels.evidence.rank:_largest",
 }
 COMMANDS = list(READING)
+READING["stream"] = "after swkernels.detect.streamed:stored_places"
 
 
 def can_mount() -> bool:
@@ -57,11 +58,13 @@ def go(server, intact, place):
     def run(command: str, **faults):
         options = {
             "scan": (*SCAN, "--text", intact / "text.txt"),
+            "stream": (*SCAN, "--text", intact / "text.txt", "--stream"),
             "quantize": ("--device", "cpu"),
             "rank": ("-k", 1000, "--no-cache"),
         }[command]
         out = place / "to" / "out"
-        return server.run(command, place / "model", *options, "-o", out, **faults)
+        name = "scan" if command == "stream" else command
+        return server.run(name, place / "model", *options, "-o", out, **faults)
 
     return run
 
@@ -98,22 +101,22 @@ def test_a_read_only_folder(go, place, command):
     fails(ended, place, "Read-only file system")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", READING)
 def test_a_shard_is_cut_off_while_it_is_mapped(go, place, command):
     """The system sends SIGBUS to who looks at what is gone."""
     shard = first_shard(place)
     ended = go(command, hook=("cut_off", READING[command], shard, 4096))
-    fails(ended, place, "was cut off", "was changed while it was read")
+    fails(ended, place, "cut off", "truncated", "was changed while it was read")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", READING)
 def test_a_shard_disappears(go, place, command):
     shard = first_shard(place)
     fails(go(command, hook=("remove", READING[command], shard)), place, str(shard))
 
 
 @pytest.mark.parametrize("fault", ["replace", "overwrite"])
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", READING)
 def test_a_shard_is_changed(go, place, command, fault):
     shard = first_shard(place)
     other = place / "other"
