@@ -23,6 +23,7 @@ from .compare import compare
 from .cut_off import mapped_files_may_shrink
 from .doctor import doctor
 from .evaluate import evaluate
+from .guard import guard
 from .quantize import quantize
 from .rank import rank
 from .scale import scale
@@ -55,6 +56,7 @@ app.command()(catalogue)
 app.command("verify-catalogue")(verify_catalogue)
 app.command()(train)
 app.command()(quantize)
+app.add_typer(guard, name="guard")
 app.command()(tune)
 app.command()(doctor)
 

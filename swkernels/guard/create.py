@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from swkernels.errors import InvalidInput
+from swkernels.files import CONFIG, read_json
 
 from .contents import Contents, Entry, look
 from .digests import CHUNK, HASH, check_chunk, digest_of, hasher, whole
 from .manifest import File, Manifest, SuperWeight, Tensor
 from .parse import parse
-from .reading import Progress, check_threads, digest_stretches, read_bytes, silent
+from .reading import (
+    Progress,
+    check_same,
+    check_threads,
+    digest_stretches,
+    read_bytes,
+    silent,
+    state_of,
+)
 from .values import item_size, value_of
-
-_LARGEST_REPORT = 1 << 30  # bytes
 
 
 def create(
@@ -95,8 +101,8 @@ def _architecture(contents: Contents) -> str | None:
     if config is None:
         return None
     try:
-        found = json.loads(config.path.read_text(encoding="utf-8"))["architectures"][0]
-    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
+        found = read_json(config.path, limits=CONFIG, special=True)["architectures"][0]
+    except (InvalidInput, KeyError, IndexError, TypeError):
         return None  # the digest speaks for the file
     return found if isinstance(found, str) and found.isprintable() and found else None
 
@@ -117,14 +123,11 @@ def _listed(given: object):
             f"Coordinates, got {type(given).__name__}"
         )
     path = Path(given)
-    try:
-        if path.stat().st_size > _LARGEST_REPORT:
-            raise InvalidInput(f"{path} is too large for a report: {path.stat().st_size} bytes")
-        data = path.read_bytes()
-        document = json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidInput(f"cannot read the report {path}: {error}") from error
-    return "report", Coordinates.from_report(document), hashlib.sha256(data).hexdigest()
+    before = state_of(path)
+    found = Coordinates.from_report(path)
+    fingerprint = hashlib.sha256(read_bytes(path, 0, before.size)).hexdigest()
+    check_same(path, before)
+    return "report", found, fingerprint
 
 
 def place(contents: Contents, coordinates) -> list[tuple[Entry, SuperWeight]]:
