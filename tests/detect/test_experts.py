@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 
 import swkernels
+from swkernels.cli import main
+from swkernels.detect import page, table
+from swkernels.detect.report import ScanReport
+from tests.cli.checkpoints import TEXT, VOCABULARY, save
 from tests.models.test_experts import CASES, build
 from tests.models.test_projections import UnfusedMoE
-from tests.models.tiny import run, token_ids
+from tests.models.tiny import run, tiny_model, token_ids
 
+from .planting import plant, positions
 from .routing import by_hand
 
 
@@ -81,3 +89,73 @@ def test_experts_that_are_modules_count_their_own_tokens():
         assert site.routed == 2 * (picks == site.expert).sum()
     handle.reset()
     assert [site.routed for site in handle.peaks()] == [0] * 6
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss", "dbrx", "switch_transformers"])
+def test_a_planted_super_expert_is_named(name):
+    model = tiny_model(name)
+    truth = plant(model, layer=1, seed=3, routed=True)
+    report = swkernels.scan(model, token_ids(4, 48, seed=5), eval_length=48, null_draws=2)
+    assert positions(report.candidates) == truth
+    (candidate,) = report.candidates
+    ((layer, module, expert, _, _),) = truth
+    assert expert is not None
+    supers = report.data["super_experts"]
+    if candidate["verdict"] == "mild":
+        assert supers == []
+        return
+    (found,) = supers
+    assert (found["layer"], found["module"], found["expert"]) == (layer, module, expert)
+    assert found["candidates"] == found["zeroed"] == [0] and found["sets"] == []
+    assert found["ratio"] == candidate["ratio"] and found["routed"] > 0
+    assert f"1 super expert: layer {layer} expert {expert}." in report.data["summary"]
+    (position,) = {p["expert"] for p in report.data["consistency"]["positions"]}
+    assert position == expert
+
+
+def test_experts_that_no_token_reached_are_unseen_and_not_clean():
+    model = tiny_model("mixtral", num_local_experts=16)
+    data = swkernels.scan(model, token_ids(1, 4), eval_length=4).to_dict()
+    seen = {(e["layer"], e["expert"]) for e in data["layers"]}
+    unseen = {(e["layer"], e["expert"]) for e in data["unseen"]}
+    assert len(unseen) >= 3 * 8 and not seen & unseen
+    assert seen | unseen == {(layer, e) for layer in range(3) for e in range(16)}
+    for layer in range(3):
+        assert sum(e["routed"] for e in data["layers"] if e["layer"] == layer) == 2 * 4
+    assert data["summary"].startswith("None found in what tokens reached: ")
+    assert f"{len(unseen)} of 48 experts unseen" in data["summary"]
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    table.render(data, console)
+    assert "Unseen in layer 0: " in console.file.getvalue()
+    assert "No super weight found in what tokens reached" in page.render(data)
+
+
+def test_the_command_names_a_super_expert(tmp_path, capfd):
+    model = tiny_model("mixtral", vocab_size=VOCABULARY, num_local_experts=4)
+    ((layer, _, expert, row, column),) = plant_small(model)
+    folder, text = save(model, tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text(TEXT * 20, encoding="utf-8")
+    options = ["--samples", "2", "--length", "16", "--eval-tokens", "64", "--device", "cpu"]
+    out = tmp_path / "out"
+    assert main(["scan", str(folder), *options, "--text", str(text), "-o", str(out)]) == 0
+    data = ScanReport.load(out / "report.json").to_dict()
+    found = data["candidates"][0]
+    assert (found["layer"], found["expert"], found["row"], found["column"]) == (
+        layer, expert, row, column,
+    )  # fmt: skip
+    assert f"layer {layer} expert {expert} [{row}, {column}]" in data["summary"]
+    assert "Experts: 12 in 3 mixtures" in capfd.readouterr().out
+    assert "<h2>Experts</h2>" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def plant_small(model):
+    """A super weight in the expert that most tokens of the command's vocabulary go to."""
+    ids = torch.arange(64).view(2, 32) % VOCABULARY
+    with swkernels.track(model) as handle, torch.no_grad():
+        run(model, ids)
+    state = handle.states[1]
+    e = int(state.routed.argmax())
+    column = int(state.peaks()[e].inputs.values.argmax())
+    with torch.no_grad():
+        state.projection.matrix(e)[5, column] = 100.0
+    return {(1, state.projection.name, e, 5, column)}
