@@ -101,9 +101,10 @@ def test_a_planted_super_expert_is_named(name):
     ((layer, module, expert, _, _),) = truth
     assert expert is not None
     supers = report.data["super_experts"]
-    if candidate["verdict"] == "mild":
-        assert supers == []
+    if name == "switch_transformers":  # a loss that is there, but does not ruin the model
+        assert candidate["verdict"] == "mild" and supers == []
         return
+    assert candidate["verdict"] == "super weight"
     (found,) = supers
     assert (found["layer"], found["module"], found["expert"]) == (layer, module, expert)
     assert found["candidates"] == found["zeroed"] == [0] and found["sets"] == []
