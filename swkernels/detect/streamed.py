@@ -27,7 +27,7 @@ from .stream_peaks import StreamedPeaks
 from .stream_state import StreamState
 from .verify import verify
 
-BUDGET = 2 << 30  # bytes of hidden states in host memory
+BUDGET = 2 * 10**9  # bytes of hidden states in host memory
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
