@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from swkernels.errors import InvalidInput
 from swkernels.models import DownProjection
 
+from .packed import zeroed_packed
 from .ranks import Ranks
 from .replay import Replay
 
@@ -32,11 +33,15 @@ Place = tuple[torch.Tensor, int, int]  # a weight as a matrix without its histor
 
 @contextmanager
 def zeroed(coordinates: list[Coordinate]) -> Iterator[None]:
-    """A context in which weights are zero; see ``scaled``."""
+    """A context in which weights are zero; see ``scaled`` and, if packed, ``zeroed_packed``."""
     with ExitStack() as held:
-        for projection in dict.fromkeys(coordinate[0] for coordinate in coordinates):
+        plain, packed = [], []
+        for coordinate in coordinates:
+            (plain if coordinate[0].packed(coordinate[1]) is None else packed).append(coordinate)
+        held.enter_context(zeroed_packed(packed))
+        for projection in dict.fromkeys(coordinate[0] for coordinate in plain):
             held.enter_context(projection.held())
-        places = ((p.matrix(e).detach(), row, column) for p, e, row, column in coordinates)
+        places = ((p.matrix(e).detach(), row, column) for p, e, row, column in plain)
         with scaled(places, 0.0):
             yield
 

@@ -163,8 +163,7 @@ def draw_null(
     for draw in range(draws if candidates else 0):
         candidate = candidates[draw % len(candidates)]
         ready(candidate.projection)
-        with candidate.projection.held():
-            matrix = candidate.projection.matrix(candidate.expert).detach()
+        matrix = candidate.projection.values(candidate.expert)
         distance = (matrix.abs().float() - abs(candidate.weight)).abs()
         for other in candidates:
             if other.projection is candidate.projection and other.expert == candidate.expert:

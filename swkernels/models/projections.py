@@ -22,6 +22,7 @@ from swkernels.errors import InvalidInput, SwkernelsError
 
 from .fused import fused_weight
 from .offloaded import held_weight, holding
+from .rows import packed_values
 from .structure import (
     Stack,
     base_of,
@@ -136,8 +137,28 @@ class DownProjection:
         Raises:
             InvalidInput: as ``matrix`` does.
         """
+        return self.values(expert)[row].detach().float().cpu()
+
+    def packed(self, expert: int | None = None) -> torch.Tensor | None:
+        """Return a dequantized copy of the matrix in float32; None where it is not packed.
+
+        It is made anew each time; writing to it changes nothing. See ``packed_values``.
+        """
+        if self.experts is not None and not getattr(self.weight, "is_expert_stack", False):
+            return None
+        return packed_values(self.module, self.weight, expert)
+
+    def values(self, expert: int | None = None) -> torch.Tensor:
+        """Return the matrix to read from: the live view, or a copy where it is packed.
+
+        Raises:
+            InvalidInput: as ``matrix`` does, but for packed weights of a known kind.
+        """
+        packed = self.packed(expert)
+        if packed is not None:
+            return packed
         with self.held():
-            return self.matrix(expert)[row].detach().float().cpu()
+            return self.matrix(expert).detach()
 
     def held(self) -> AbstractContextManager[None]:
         """A context in which ``matrix`` works for a weight that accelerate has offloaded, too."""
