@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,8 +32,12 @@ def mapped_files_may_shrink(code: int) -> Iterator[None]:
         yield
         return
 
+    first = threading.Lock()
+
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def say_and_end(_):
+        if not first.acquire(blocking=False):
+            first.acquire()  # another thread that reads the file is ending the process
         os.write(2, _MESSAGE)
         os._exit(code)
 
