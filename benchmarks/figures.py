@@ -18,7 +18,7 @@ from benchmarks.suites import OPERATIONS  # noqa: E402
 _COLOURS = (
     "#1b6ca8", "#c1440e", "#3b7d3a", "#7a4f9a", "#8a6d00", "#2a9d8f", "#b5179e", "#5c677d",
     "#e09f3e", "#457b9d", "#9d0208", "#606c38", "#6d597a", "#264653", "#bc6c25", "#3d405b",
-    "#4d908e", "#780000", "#ff6b6b", "#118ab2",
+    "#4d908e", "#780000", "#ff6b6b", "#118ab2", "#073b4c",
 )  # fmt: skip
 _STYLE = {"svg.hashsalt": "swkernels", "svg.fonttype": "none"}
 _METHODS = dict(zip(quality.METHODS, zip(("#5c677d", "#e09f3e", "#c1440e", "#1b6ca8"), "osD^")))

@@ -47,6 +47,7 @@ OPERATIONS = (
     "ablation",
     "streamed_scan",
     "shared_scan",
+    "guard_verify",
 )
 SUITES = ("cpu", "gpu", "models")
 
@@ -113,6 +114,10 @@ def cases(
             from benchmarks.models import ranks
 
             yield ranks.case()
+        if "guard_verify" in ops and device.type == "cpu":
+            from benchmarks.models import guard
+
+            yield from (guard.case(cold=cold) for cold in (False, True))
         if "topk_abs" in ops and device.type == "cpu":
             from benchmarks.models import topk_checkpoint
 

@@ -250,6 +250,18 @@ TARGETS = [
         1.6,
         at_least=True,
     ),
+    *(
+        Target(
+            f"`guard verify` of 1 GiB, share of the read bandwidth, {projection}",
+            "cpu",
+            "guard_verify",
+            {"projection": projection},
+            of_read,
+            0.80,
+            at_least=True,
+        )
+        for projection in ("cached file", "cold file")
+    ),
     Target(
         "an ablation of SmolLM2 with 4 conditions over 4 evaluations, float32",
         "cpu",

@@ -29,7 +29,7 @@ from swkernels.errors import InvalidInput
 
 WHOLE_MODELS = {
     "tracked_model", "sparse_training", "quant_generation", "perplexity", "choices", "ablation",
-    "streamed_scan", "shared_scan",
+    "streamed_scan", "shared_scan", "guard_verify",
 }  # fmt: skip
 SECONDS_LONG = {"lora_linear", "topk_low_rank"}  # on a CPU they are in the suite "models"
 CPU = torch.device("cpu")
