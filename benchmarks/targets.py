@@ -252,7 +252,7 @@ TARGETS = [
     ),
     *(
         Target(
-            f"`guard verify` of 1 GiB, share of the read bandwidth, {projection}",
+            f"`guard verify` of 1 GiB, share of the speed of reading it, {projection}",
             "cpu",
             "guard_verify",
             {"projection": projection},
