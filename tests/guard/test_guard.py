@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from swkernels.detect.report import ScanReport
 from swkernels.errors import InvalidInput
 from swkernels.guard import Manifest, create, digest_chunks, reading, repair, verify
+from swkernels.guard.manifest import canonical
 from swkernels.guard.parse import parse
 from swkernels.models.checkpoint import DTYPES, INDEX
 from swkernels.train import Coordinates
@@ -229,6 +231,23 @@ def test_a_file_that_changes_while_it_is_read(model, manifest, monkeypatch, how)
         verify(model, manifest, threads=1)
 
 
+def test_a_file_that_is_replaced_after_its_header_was_read(model, manifest, monkeypatch):
+    file = model / "model.safetensors"
+    other = file.with_suffix(".new")
+    shutil.copy(file, other)
+    module = importlib.import_module("swkernels.guard.verify")
+    real = module.look
+
+    def then_replaced(*given):
+        found = real(*given)
+        os.replace(other, file)
+        return found
+
+    monkeypatch.setattr(module, "look", then_replaced)
+    with pytest.raises(InvalidInput, match="changed while"):
+        verify(model, manifest)
+
+
 def test_repair_puts_back_and_says_what_remains(model, manifest, tmp_path):
     intact = {path.name: path.read_bytes() for path in model.iterdir()}
     flip_in(model, WEIGHT, 2 * (3 * H + 5) + 1)
@@ -310,12 +329,68 @@ def test_every_field_of_a_manifest_that_is_changed_is_refused(manifest):
         parse(document | {"more": 1})
 
 
+def resealed(document):
+    """The document with the hash of its content as somebody would write who has changed it."""
+    return document | {"sha256": hashlib.sha256(canonical(document)).hexdigest()}
+
+
+def test_every_field_is_checked_also_where_the_hash_was_made_anew(manifest):
+    document = manifest.to_dict()
+    assert parse(resealed(document)) == manifest
+    for path, _ in leaves(document):
+        if path == ("sha256",):
+            continue
+        for other in ({}, [{}], True, 1.5, "", "\n", -1, 2**63):
+            changed = copy.deepcopy(document)
+            place = changed
+            for step in path[:-1]:
+                place = place[step]
+            if place[path[-1]] == other:
+                continue
+            place[path[-1]] = other
+            with pytest.raises(InvalidInput):
+                parse(resealed(changed))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("chunk",), 2048),
+        (("hash",), "xxh3_64"),
+        (("tensors", 1, "shape", 0), 65),
+        (("tensors", 2, "dtype"), "F32"),
+        (("tensors", 1, "file"), "config.json"),
+        (("tensors", 1, "digest"), "0" * 32),
+        (("tensors", 2, "name"), "model.norm.weight"),
+        (("files", 0, "name"), "config.json"),
+        (("super_weights", 0, "element"), D * H),
+        (("super_weights", 0, "tensor"), "model.empty"),
+        (("super_weights", 0, "bits"), "0000"),
+        (("super_weights", 0, "value"), 0.0),
+        (("super_weights", 1, "element"), 485),
+        (("source",), None),
+        (("source",), "report"),
+        (("report",), "0" * 64),
+        (("super_weights",), []),
+    ],
+)
+def test_fields_that_do_not_fit_each_other(manifest, path, value):
+    document = manifest.to_dict()
+    place = document
+    for step in path[:-1]:
+        place = place[step]
+    assert place[path[-1]] != value
+    place[path[-1]] = value
+    with pytest.raises(InvalidInput):
+        parse(resealed(document))
+
+
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x", "a/../b", "a\\b", "./a", "a\nb"])
 def test_no_file_name_leads_out_of_the_folder(manifest, name):
     document = manifest.to_dict()
     document["others"][0]["name"] = name
     with pytest.raises(InvalidInput, match=r"others\[0\].name"):
-        parse(document)
+        parse(resealed(document))
 
 
 def test_the_seal(manifest, tmp_path):
