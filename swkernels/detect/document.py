@@ -13,6 +13,7 @@ from swkernels.models import DownProjection
 from .candidates import Candidate
 from .criteria import outlier_threshold
 from .evaluate import Measurement
+from .formats import stored_as
 from .mixtures import FIGURES, super_experts, unseen_sentence
 from .report import SCHEMA, versions
 from .tracking import ProjectionState
@@ -58,6 +59,7 @@ def document(
             "dtype": str(first.dtype).removeprefix("torch."),
             "device": str(first.device),
             "layers": len({state.projection.layer for state in states}),
+            "quantization": stored_as(model),
         },
         "settings": {**asdict(config), "methods": list(config.methods)},
         "inputs": {

@@ -23,6 +23,8 @@ from swkernels.models.checkpoint import (
 from swkernels.models.gguf_head import check_gguf_head
 from swkernels.models.unchanged import unchanged
 
+from . import formats
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -50,6 +52,8 @@ def load_model(
         trust_remote_code: run Python code that comes with the checkpoint. Pickled weights are
             never loaded.
         quantization_config: of transformers, to quantize while loading; not for a .gguf file.
+            Without one, a checkpoint packed in fp8, mxfp4 or by compressed-tensors is unpacked
+            while loading, on any device; see docs/detection.md.
 
     Returns:
         (model in eval mode, tokenizer, fingerprint or None); see ``fingerprint``.
@@ -77,13 +81,18 @@ def load_model(
             _check_hub_index(where)
         if "gguf_file" in options:
             options |= _unpacking()
+            packed = {"quant_method": "gguf"}
         else:
             options["use_safetensors"] = True
+            packed = formats.packing(config)
+            options |= formats.unpacking(str(name_or_path), packed)
+        unpacks = "quantization_config" in options
         if quantization_config is not None:
             options["quantization_config"] = quantization_config
+            unpacks = False
         if device == "auto":
             options["device_map"] = "auto"
-        with unchanged(files_of(name_or_path)):
+        with formats.explained(str(name_or_path), packed), unchanged(files_of(name_or_path)):
             model, info = loader.from_pretrained(
                 where, dtype=_dtype(dtype), output_loading_info=True, **options
             )
@@ -93,6 +102,10 @@ def load_model(
             f"{name_or_path} lacks {len(missing)} weights of a {type(model).__name__}, "
             f"{missing[0]} first: give the complete checkpoint of a language model"
         )
+    if not packed:
+        formats.check_leftovers(str(name_or_path), info["unexpected_keys"])
+    if unpacks:
+        formats.note(model, packed)
     if device != "auto":
         model = model.to(device)
     return model.eval(), tokenizer, _fingerprint_of(name_or_path)

@@ -11,6 +11,7 @@ from swkernels.documents import (
     NUMBER,
     SHARE,
     TEXT,
+    Either,
     Fields,
     Integer,
     ListOf,
@@ -116,6 +117,10 @@ _SUPER_EXPERT = Fields(
         **_MEASURED,
     }
 )
+_QUANTIZATION = Fields(
+    {"method": _SHORT},
+    {"bits": Integer(1), "code": _SHORT, "block": Either((Integer(), _SHORT))},
+)
 _TIERS = ("100 %", ">= 50 %", ">= 20 %", "any")
 _CONSISTENCY = Fields(
     {
@@ -143,7 +148,8 @@ _REPORT = Fields(
                 "device": _SHORT,
                 "layers": COUNT,
                 "fingerprint": Maybe(TEXT),
-            }
+            },
+            {"quantization": Maybe(_QUANTIZATION)},
         ),
         "settings": Fields(
             {

@@ -40,8 +40,9 @@ def render(report: dict, console: Console) -> None:
         console.print(_super_experts(report))
     for line in _experts(report):
         console.print(Text(line))
-    for line in (_baseline(report), _null(report), _consistency(report)):
-        console.print(Text(line))
+    for line in (_stored(report), _baseline(report), _null(report), _consistency(report)):
+        if line:
+            console.print(Text(line))
     console.print()
     console.print(Text(visible(report["summary"]), style="bold"))
 
@@ -203,6 +204,18 @@ def _experts(report: dict) -> list[str]:
     if len(unseen) > UNSEEN_SHOWN:
         lines.append(f"Unseen in {len(unseen) - UNSEEN_SHOWN} more layers: the report has them")
     return lines
+
+
+def _stored(report: dict) -> str:
+    """How the weights are packed; "" where they are not."""
+    stored = report["model"].get("quantization")
+    if not stored:
+        return ""
+    rest = [
+        *([f"{stored['bits']} bits"] if "bits" in stored else []),
+        *(f"{name} {stored[name]}" for name in ("code", "block") if name in stored),
+    ]
+    return visible("Weights: " + ", ".join([stored["method"], *rest]), 200)
 
 
 def _baseline(report: dict) -> str:

@@ -141,6 +141,7 @@ def report(
             "dtype": "float16",
             "device": "cpu",
             "layers": layers,
+            "quantization": None,
             "name": "a-model",
             "fingerprint": None,
         },
