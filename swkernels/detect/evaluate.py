@@ -37,7 +37,7 @@ def zeroed(coordinates: list[Coordinate]) -> Iterator[None]:
     with ExitStack() as held:
         plain, packed = [], []
         for coordinate in coordinates:
-            (plain if coordinate[0].packed(coordinate[1]) is None else packed).append(coordinate)
+            (packed if coordinate[0].is_packed else plain).append(coordinate)
         held.enter_context(zeroed_packed(packed))
         for projection in dict.fromkeys(coordinate[0] for coordinate in plain):
             held.enter_context(projection.held())

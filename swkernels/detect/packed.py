@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from swkernels.errors import InvalidInput
 from swkernels.models import DownProjection
 from swkernels.models.experts import ExpertObserver
 from swkernels.models.structure import base_of
@@ -31,15 +30,12 @@ def zeroed_packed(
 
     Args:
         coordinates: (projection, expert, row, column).
-
-    Raises:
-        InvalidInput: packed experts have a bias.
     """
     rows: Rows = defaultdict(dict)
     for projection, expert, row, column in coordinates:
         of_expert = rows[projection].setdefault(expert, {})
         if row not in of_expert:
-            of_expert[row] = projection.packed(expert)[row].clone()
+            of_expert[row] = projection.row(row, expert).clone()
         of_expert[row][column] = 0
     scopes: dict = defaultdict(list)
     patches = Patches("zeroed")
@@ -48,11 +44,6 @@ def zeroed_packed(
             if projection.experts is None:
                 patches.forward(projection.module, _linear(projection, by_expert))
                 continue
-            if hasattr(projection.module, f"{projection.parameter}_bias"):
-                raise InvalidInput(
-                    f"{projection.name} is a stack of packed experts with a bias, which a scan "
-                    "cannot zero; scan the model unquantized"
-                )
             scopes[projection.scope].append(projection)
         for scope, projections in scopes.items():
             patches.forward(scope, _observed(projections, rows))
@@ -86,7 +77,7 @@ def _linear(projection: DownProjection, by_expert: dict):
 
 
 def _observed(projections: list[DownProjection], rows: Rows):
-    def callback(projection, expert, x, y, tokens):
+    def callback(projection, expert, x, y, tokens):  # y is without the bias: that comes later
         changed = rows[projection].get(expert)
         return None if changed is None else _changed(x, y, changed)
 

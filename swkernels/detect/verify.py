@@ -22,6 +22,7 @@ PART_OF_SET = "part of a critical set"
 CRITICAL_SET = "critical set"
 MILD = "mild"
 INERT = "inert"
+BLOCK_BYTES = 64 * 2**20  # of a packed matrix that are dequantized at once, in float32
 
 
 @dataclass
@@ -163,19 +164,59 @@ def draw_null(
     for draw in range(draws if candidates else 0):
         candidate = candidates[draw % len(candidates)]
         ready(candidate.projection)
-        matrix = candidate.projection.values(candidate.expert)
-        distance = (matrix.abs().float() - abs(candidate.weight)).abs()
-        for other in candidates:
-            if other.projection is candidate.projection and other.expert == candidate.expert:
-                distance[other.row, other.column] = math.inf
-        nearest = distance.flatten().topk(min(100, distance.numel()), largest=False).indices
-        pick = int(nearest[int(torch.randint(len(nearest), (1,), generator=generator))])
-        row, column = divmod(pick, matrix.shape[1])
+        nearest, found = (
+            _nearest_packed(candidate, candidates)
+            if candidate.projection.is_packed
+            else _nearest(candidate.projection.values(candidate.expert), candidate, candidates)
+        )
+        at = int(torch.randint(len(nearest), (1,), generator=generator))
+        row, column = divmod(int(nearest[at]), candidate.projection.columns)
         chosen.append((candidate.projection, candidate.expert, row, column))
-        pair = sorted((abs(float(matrix[row, column])), abs(candidate.weight)))
+        pair = sorted((abs(float(found[at])), abs(candidate.weight)))
         matches.append(pair[0] / pair[1] if pair[1] else 1.0)
     matched = float(torch.tensor(matches).median()) if matches else math.nan
     return chosen, matched
+
+
+def _distance(
+    matrix: torch.Tensor, start: int, candidate: Candidate, candidates: list[Candidate]
+) -> torch.Tensor:
+    """How far magnitudes of rows from ``start`` on are from the candidate's; candidates: inf."""
+    distance = (matrix.abs().float() - abs(candidate.weight)).abs()
+    for other in candidates:
+        same = other.projection is candidate.projection and other.expert == candidate.expert
+        if same and start <= other.row < start + len(matrix):
+            distance[other.row - start, other.column] = math.inf
+    return distance.flatten()
+
+
+def _nearest(matrix: torch.Tensor, candidate: Candidate, candidates: list[Candidate]):
+    """Flat positions of the 100 weights nearest in magnitude, and their values."""
+    distance = _distance(matrix, 0, candidate, candidates)
+    nearest = distance.topk(min(100, distance.numel()), largest=False).indices
+    return nearest, matrix[nearest // matrix.shape[1], nearest % matrix.shape[1]]
+
+
+def _nearest_packed(candidate: Candidate, candidates: list[Candidate]):
+    """The same of a packed matrix, a block of rows at a time.
+
+    Packed values repeat, so many are equally near: those that come first in the matrix are taken.
+    """
+    projection = candidate.projection
+    D, H = projection.rows, projection.columns
+    height = max(1, BLOCK_BYTES // (4 * H))
+    kept: tuple[torch.Tensor, ...] | None = None  # distances, positions, values
+    for start in range(0, D, height):
+        matrix = projection.packed_rows(start, min(start + height, D), candidate.expert)
+        distance = _distance(matrix, start, candidate, candidates)
+        last = distance.topk(min(100, distance.numel()), largest=False).values.max()
+        at = torch.cat([(distance < last).nonzero()[:, 0], (distance == last).nonzero()[:100, 0]])
+        new = (distance[at], at + start * H, matrix.flatten()[at])
+        joined = new if kept is None else tuple(torch.cat(pair) for pair in zip(kept, new))
+        order = joined[1].argsort()
+        order = order[joined[0][order].argsort(stable=True)][:100]
+        kept = tuple(part[order] for part in joined)
+    return kept[1], kept[2]
 
 
 def same_matrix_groups(candidates: list[Candidate]) -> list[list[int]]:

@@ -22,7 +22,7 @@ from swkernels.errors import InvalidInput, SwkernelsError
 
 from .fused import fused_weight
 from .offloaded import held_weight, holding
-from .rows import packed_values
+from .rows import is_packed, packed_rows
 from .structure import (
     Stack,
     base_of,
@@ -137,16 +137,27 @@ class DownProjection:
         Raises:
             InvalidInput: as ``matrix`` does.
         """
+        if self.is_packed:
+            return self.packed_rows(row, row + 1, expert)[0].cpu()
         return self.values(expert)[row].detach().float().cpu()
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weight is packed in a known way; nothing is dequantized to tell."""
+        if self.experts is not None and not getattr(self.weight, "is_expert_stack", False):
+            return False
+        return is_packed(self.module, self.weight)
+
+    def packed_rows(self, start: int, stop: int, expert: int | None = None) -> torch.Tensor:
+        """Return a dequantized copy of rows of a packed weight: float32 [stop - start, columns]."""
+        return packed_rows(self.module, self.weight, expert, start, stop)
 
     def packed(self, expert: int | None = None) -> torch.Tensor | None:
         """Return a dequantized copy of the matrix in float32; None where it is not packed.
 
-        It is made anew each time; writing to it changes nothing. See ``packed_values``.
+        It is made anew each time; writing to it changes nothing. See ``packed_rows``.
         """
-        if self.experts is not None and not getattr(self.weight, "is_expert_stack", False):
-            return None
-        return packed_values(self.module, self.weight, expert)
+        return self.packed_rows(0, self.rows, expert) if self.is_packed else None
 
     def values(self, expert: int | None = None) -> torch.Tensor:
         """Return the matrix to read from: the live view, or a copy where it is packed.

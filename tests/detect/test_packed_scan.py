@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import swkernels
+from swkernels.detect import verify
 from swkernels.detect.evaluate import zeroed
+from swkernels.detect.packed import zeroed_packed
 from swkernels.models import find_down_projections
+from swkernels.models.rows import packed_rows
+from swkernels.ops import block_quantize
 from swkernels.quant import QuantConfig, quantize
 from tests.models.tiny import run, tiny_model, token_ids
 
@@ -78,6 +85,133 @@ def test_the_values_are_those_that_the_module_computes_with(kind):
     for values in (fresh, projection.packed()):
         off = (y - x @ values.T).norm() / y.norm()
         assert off < 0.02  # bfloat16 products, or activations in int8
+
+
+def library_values(projection, expert=None) -> torch.Tensor:
+    """The whole matrix as the library that packed it dequantizes it, in float32."""
+    if getattr(projection.weight, "is_expert_stack", False):
+        return projection.weight.expert(expert).packed.dequantize(torch.float32)
+    module = projection.module
+    if hasattr(module, "packed"):
+        return module.packed.dequantize(torch.float32)
+    functional = pytest.importorskip("bitsandbytes").functional
+    if hasattr(module.weight, "quant_state") and module.weight.quant_state is not None:
+        return functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+    return functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_those_of_the_library_bit_for_bit(kind):
+    model, _ = packed(kind)
+    projection = find_down_projections(model)[1]
+    expert = 1 if kind == "experts" else None
+    whole = library_values(projection, expert)
+    assert projection.is_packed
+    assert torch.equal(projection.packed(expert), whole)
+    for row in range(projection.rows):
+        assert torch.equal(projection.row(row, expert), whole[row])
+    assert torch.equal(projection.packed_rows(3, 29, expert), whole[3:29])
+
+
+@pytest.mark.parametrize("double", (False, True))
+@pytest.mark.parametrize("kind", ("nf4", "fp4"))
+def test_rows_in_the_layout_for_cpus(kind, double):
+    functional = pytest.importorskip("bitsandbytes").functional
+    model, _ = packed(kind + " double" * double)
+    projection = find_down_projections(model)[1]
+    weight, state = projection.module.weight, projection.module.weight.quant_state
+    scales = state.absmax
+    if double:
+        scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
+    rounded = scales.bfloat16().float().view(-1)
+    whole = functional.dequantize_4bit(
+        weight.data.clone(),
+        functional.QuantState(
+            rounded, state.shape, state.code, state.blocksize, kind, torch.float32
+        ),
+    )
+    weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(weight.data, state)
+    for row in range(projection.rows):
+        assert torch.equal(projection.row(row), whole[row])
+
+
+@pytest.mark.parametrize("block", (64, 48, 7, "row", "channel", "tensor", (4, 16), (3, 5)))
+@pytest.mark.parametrize("code, symmetric", (("int4", True), ("int8", False), ("nf4", True)))
+@pytest.mark.parametrize("scales", ("float32", "float16", "int8"))
+def test_rows_of_every_block_layout(block, code, symmetric, scales):
+    w = torch.randn(9, 37, generator=torch.Generator().manual_seed(2))
+    outliers = torch.tensor([[0, 0], [3, 36], [4, 0], [8, 36]])
+    q = block_quantize(
+        w, code=code, symmetric=symmetric, block_size=block, scale_dtype=scales, outliers=outliers
+    )
+    layer = torch.nn.Module()
+    layer.packed = q
+    whole = q.dequantize(torch.float32)
+    for start, stop in [*((i, i + 1) for i in range(9)), (2, 7), (0, 9)]:
+        assert torch.equal(packed_rows(layer, None, None, start, stop), whole[start:stop])
+
+
+def test_null_draws_do_not_depend_on_the_block_of_rows(monkeypatch):
+    model, _ = packed("int4")
+    projection = find_down_projections(model)[1]
+    values = projection.packed()
+    candidate = SimpleNamespace(
+        projection=projection, expert=None, row=2, column=5, weight=float(values[2, 5])
+    )
+    distance = (values.abs() - abs(candidate.weight)).abs()
+    distance[2, 5] = torch.inf
+    nearest = distance.flatten().argsort(stable=True)[:100]
+    whole = verify._nearest_packed(candidate, [candidate])
+    monkeypatch.setattr(verify, "BLOCK_BYTES", 4 * projection.columns * 7)
+    blocks = verify._nearest_packed(candidate, [candidate])
+    for positions_, weights in (whole, blocks):
+        assert torch.equal(positions_, nearest)
+        assert torch.equal(weights, values.flatten()[nearest])
+
+
+def test_patched_rows_are_as_exact_as_zeroing_in_place():
+    model = tiny_model("llama", intermediate_size=128)
+    projection = find_down_projections(model)[1]
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    at = [(projection, None, 3, 1), (projection, None, 3, 4), (projection, None, 7, 2)]
+    with torch.no_grad():
+        with zeroed(at):
+            y = projection.module(x)
+            exact = x.double() @ projection.matrix().double().T
+        with zeroed_packed(at):
+            patched = projection.module(x)
+    rounding = (y - exact).abs().max()
+    assert 0 < rounding and (patched - exact).abs().max() <= 2 * rounding
+
+
+@pytest.mark.parametrize("bias", (False, True))
+def test_zeroing_inside_packed_experts(bias):
+    """The model with weights zeroed is the one whose packed values have zeros there."""
+    model = tiny_model("gpt_oss" if bias else "mixtral", intermediate_size=64)
+    quantize(model, QuantConfig(code="int4"))
+    ids = token_ids(2, 16, seed=1)
+    projection = find_down_projections(model)[0]
+    if bias:
+        torch.nn.init.normal_(getattr(projection.module, f"{projection.parameter}_bias"))
+    at = [(projection, e, r, c) for e in range(projection.experts) for r, c in ((3, 1), (3, 4))]
+    with torch.no_grad():
+        intact = run(model, ids).logits
+        with zeroed(at):
+            y = run(model, ids).logits
+        experts = [projection.weight.expert(e) for e in range(projection.experts)]
+        held = [expert.packed for expert in experts]
+        for expert, q in zip(experts, held):  # zeros kept exactly beside the codes
+            H = q.plan.columns
+            new = torch.tensor([3 * H + 1, 3 * H + 4], dtype=torch.int32)
+            keep = ~torch.isin(q.positions, new)
+            positions_ = torch.cat([q.positions[keep], new])
+            order = positions_.argsort()
+            weights = torch.cat([q.values[keep], q.values.new_zeros(2)])
+            expert.set_packed(replace(q, positions=positions_[order], values=weights[order]))
+        expected = run(model, ids).logits
+    change = (expected - intact).abs().max()
+    assert change > 0
+    assert (y - expected).abs().max() < 1e-2 * change
 
 
 @pytest.mark.parametrize("kind", ("nf4", "llm.int8", "int4"))
