@@ -19,7 +19,7 @@ from .tensor_bytes import packed, unpacked
 from .tracking import ProjectionState, TrackHandle, track
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Samples of one length that run together.
 
@@ -36,6 +36,10 @@ class Batch:
     @property
     def samples(self) -> range:
         return range(self.first, self.first + len(self.ids))
+
+    def offset(self, sample: int) -> int:
+        """The tokens of the batch before those of ``sample``."""
+        return (sample - self.first) * self.ids.shape[1]
 
 
 @dataclass

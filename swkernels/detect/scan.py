@@ -17,7 +17,7 @@ from .candidates import find_candidates, find_spikes
 from .document import document
 from .evaluate import Evaluator
 from .identity import identity
-from .peaks import locator, read_peaks
+from .peaks import batches, locator, read_peaks
 from .ranks import Ranks
 from .report import ScanReport
 from .state import ScanState
@@ -171,8 +171,8 @@ def _scan(
         step = "looking at the spikes"
         report_progress(step, 0, 1)
         projections = [state.projection for state in handle.states]
-        run = lambda sample: runner.body(tokens[sample][None])  # noqa: E731
-        witness(run, projections, spikes, ranks, step)
+        run = lambda batch: runner.body(batch.ids)  # noqa: E731
+        witness(run, batches(tokens, config.batch_size), projections, spikes, ranks, step)
         report_progress(step, 1, 1)
         candidates = find_candidates(handle.states, spikes, config)
         verification = None

@@ -82,7 +82,7 @@ class StreamedEvaluator(Evaluator):
         return 0 if self._replays is False else super()._depth(coordinates)
 
     def ready(self, projection: DownProjection) -> None:
-        self._stream.use(projection.block_name)
+        self._stream.use(projection.block_name, ahead=False)
 
     def _jobs(self, number: int, sets: list[list[Coordinate]]) -> list[Job]:
         """The intact run of a window, the runs of sets, and those that check the late starts."""

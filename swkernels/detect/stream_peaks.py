@@ -175,7 +175,7 @@ class StreamedPeaks:
         here: dict[int, list[Spike]] = defaultdict(list)
         for number, spike in enumerate(found):
             batch = self._of_sample[spike.sample]
-            spike.offset = (spike.sample - batch.first) * batch.ids.shape[1]
+            spike.offset = batch.offset(spike.sample)
             if batch.first in by_batch:
                 site = next(s for s in sites if self._projection(s) is spike.projection)
                 self._spikes.append((site, number, spike))

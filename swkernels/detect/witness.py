@@ -19,6 +19,7 @@ from swkernels.models import DownProjection
 from swkernels.models.experts import ExpertObserver
 
 from .patching import Patches
+from .peaks import Batch
 from .ranks import Ranks
 from .tensor_bytes import packed, unpacked
 
@@ -80,12 +81,18 @@ class Spike:
 
 
 def witness(
-    run, projections: list[DownProjection], spikes: list[Spike], ranks: Ranks, step: str
+    run,
+    batches: list[Batch],
+    projections: list[DownProjection],
+    spikes: list[Spike],
+    ranks: Ranks,
+    step: str,
 ) -> None:
-    """Fill ``x``, ``w`` and ``residual`` of every spike; each rank runs its share of the samples.
+    """Fill ``x``, ``w`` and ``residual`` of every spike; each rank runs its share of the batches.
 
     Args:
-        run: runs the model on one sample, given its index.
+        run: runs the model on a batch: with what ran together before, so that it rounds the same.
+        batches: of all samples.
         projections: all down projections of the model, in forward order.
         spikes: what to look at, the same on every rank; filled in place.
         ranks, step: who takes part, and what errors call this.
@@ -94,17 +101,20 @@ def witness(
     for projection in projections:
         blocks.setdefault(projection.block_name, projection.block)
     order = {name: i for i, name in enumerate(blocks)}
-    by_sample = defaultdict(list)
+    of_sample = {sample: batch for batch in batches for sample in batch.samples}
+    by_batch = defaultdict(list)
     for spike in spikes:
-        by_sample[spike.sample].append(spike)
-    for sample, wanted in ranks.share(sorted(by_sample.items()), step):
+        spike.offset = of_sample[spike.sample].offset(spike.sample)
+        by_batch[of_sample[spike.sample]].append(spike)
+    found = sorted(by_batch.items(), key=lambda item: item[0].first)
+    for batch, wanted in ranks.share(found, step):
         with reading(wanted) as patches:
             for name, block in blocks.items():
                 after = [s for s in wanted if order[s.projection.block_name] <= order[name]]
                 after = [s for s in after if same_stack(s.projection.block_name, name)]
                 if after:
                     patches.forward(block, _residual_reader(after))
-            run(sample)
+            run(batch)
     if ranks.size > 1:
         _gather(spikes, ranks, step)
 

@@ -80,10 +80,10 @@ class PartStream:
                 )
         self._converter.fill("", self._read(""))
 
-    def use(self, part: str) -> None:
+    def use(self, part: str, ahead: bool = True) -> None:
         """Put the weights of ``part`` in their places and those of the part before away.
 
-        The block that comes next in their order is read meanwhile.
+        The block that comes next in their order is read meanwhile, where ``ahead`` asks for it.
 
         Raises:
             InvalidInput: a weight is missing, or its file was cut off.
@@ -98,7 +98,7 @@ class PartStream:
                         f"{type(self.model).__name__}"
                     )
         following = self._following.get(part)
-        if following is not None and self._ahead is None:
+        if ahead and following is not None and self._ahead is None:
             self._ahead = (following, self._pool.submit(self._read, following))
 
     def expect(self, block: str) -> None:

@@ -376,14 +376,14 @@ def test_the_command_is_a_call(checkpoint, scan, go, tmp_path):
 
 
 def test_other_commands_on_a_packed_model(go, scan, tmp_path, capfd):
-    """It can be trained beside its codes; a scan needs the weights' values, and says so."""
+    """It can be scanned, and trained beside its codes."""
     assert go("--super-weights", scan, "-o", tmp_path / "out") == 0
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 20)
     options = ["--text", str(text), "--samples", "2", "--length", "16", "--device", "cpu"]
     capfd.readouterr()
-    assert main(["scan", str(tmp_path / "out"), *options]) == 2
-    assert "is packed" in capfd.readouterr().err
+    assert main(["scan", str(tmp_path / "out"), *options]) == 0
+    assert "super weight: layer 1 [5, 7]" in capfd.readouterr().out
     options = [
         "--data", str(text), "--coordinates", str(scan), "--length", "16", "--batch-size", "2",
         "--steps", "2", "--device", "cpu", "-o", str(tmp_path / "trained"),

@@ -433,7 +433,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(InvalidInput, match="No space"):
             handle.save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]
 
