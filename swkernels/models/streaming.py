@@ -7,7 +7,6 @@ of one part in their places and has the next one's read meanwhile, so that at mo
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,8 +20,9 @@ from torch import nn
 
 from swkernels.errors import InvalidInput
 
-from .checkpoint import DTYPES, find_checkpoint, read_header, weight_files
+from .checkpoint import DTYPES, find_checkpoint, weight_files
 from .empty import Converter, Places, put_back, tied_names
+from .safetensors_header import load_header
 from .structure import base_of, stacks, text_stacks
 
 _PIECE = 64 << 20  # bytes of one call that reads
@@ -238,10 +238,8 @@ def stored_places(source: str | Path) -> dict[str, Place]:
     """
     places: dict[str, Place] = {}
     for file in weight_files(find_checkpoint(source)):
-        header = read_header(file)
-        for name, entry in json.loads(header).items():
-            if name == "__metadata__":
-                continue
+        header = load_header(file)
+        for name, entry in header.tensors.items():
             if name in places:
                 raise InvalidInput(
                     f"{file.parent} holds {name} twice, once in {file.name}: give one file"
@@ -250,7 +248,7 @@ def stored_places(source: str | Path) -> dict[str, Place]:
                 raise InvalidInput(f"{file}: {name} is {entry['dtype']}, which cannot be streamed")
             begin, end = entry["data_offsets"]
             places[name] = Place(
-                file, 8 + len(header) + begin, end - begin, DTYPES[entry["dtype"]],
+                file, 8 + len(header.raw) + begin, end - begin, DTYPES[entry["dtype"]],
                 tuple(entry["shape"]),
             )  # fmt: skip
     return places
