@@ -31,5 +31,15 @@ class SuperWeightChanged(SwkernelsError, RuntimeError):
     """A super weight that training was to leave alone has another value; the message names it."""
 
 
+class TrainingDiverged(InvalidInput):
+    """A loss or a gradient of a training step is NaN or infinite.
+
+    Attributes:
+        losses: of the good steps before it, in nats.
+    """
+
+    losses: list[float] = []
+
+
 class NoDenseWeight(SwkernelsError, AttributeError):
     """A library asked a packed layer for the dense weight that it does not have."""

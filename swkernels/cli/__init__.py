@@ -29,6 +29,7 @@ from .rank import rank
 from .scale import scale
 from .scan import scan
 from .scan_many import scan_many
+from .study import study
 from .train import train
 from .tune import tune
 
@@ -55,6 +56,7 @@ app.command()(compare)
 app.command()(catalogue)
 app.command("verify-catalogue")(verify_catalogue)
 app.command()(train)
+app.command()(study)
 app.command()(quantize)
 app.add_typer(guard, name="guard")
 app.command()(tune)

@@ -1,4 +1,4 @@
-"""A training loop for the k values of ``sparse``: it can be interrupted and goes on bit for bit."""
+"""A training loop for an adapter: it can be interrupted and goes on bit for bit."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from swkernels.errors import InvalidInput
+from swkernels.errors import InvalidInput, TrainingDiverged
 from swkernels.files import write_atomically
 
 from .data import Example, collate, predictions
-from .fingerprint import fingerprint
-from .sparse import SparseHandle
 
 _SCHEMA = "swkernels.train-state/1"
 _OPTIMIZERS = ("adamw", "adafactor")
@@ -88,26 +87,41 @@ class Settings:
         return self.learning_rate * (steps - step) / (steps - rising)
 
 
+class Trainable(Protocol):
+    """What ``fit`` trains: an adapter on a model, such as the handle of ``sparse``."""
+
+    model: torch.nn.Module
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What is trained; everything else stays as it is."""
+
+    def identity(self) -> dict[str, str]:
+        """What tells it from others of its kind: a state of another one is refused."""
+
+
 def fit(
-    handle: SparseHandle,
+    handle: Trainable,
     examples: Sequence[Example],
     settings: Settings,
     *,
     state: Path | None = None,
+    until: int | None = None,
     on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> list[float]:
-    """Train the values of ``handle``, which keep what was reached.
+    """Train the parameters of ``handle``, which keep what was reached.
 
     The loss of a step is the mean over all predicted tokens of its sequences, however they are
     split into forwards.
 
     Args:
-        handle: of ``swkernels.train.sparse``.
+        handle: of ``swkernels.train.sparse``, or another ``Trainable``.
         examples: of ``read_examples``.
         settings: how.
         state: a file for the state: gone on from where it is there, written every
             ``settings.save_every`` steps and when the run ends, for whatever reason. It is left
             there; of a run that is complete it gives the values back without a step.
+        until: stop after this step; called again with the same state, the run goes on as if it
+            had not stopped. None trains to the end.
         on_step: called with the steps done, all steps, and the loss of the last.
 
     PyTorch's random generators are seeded with ``settings.seed``.
@@ -116,13 +130,15 @@ def fit(
         The loss of every step in nats, those before an interruption too.
 
     Raises:
-        InvalidInput: the state is of another run, or a loss or gradient is not finite; values and
-            state are then those of the last good step.
+        InvalidInput: the state is of another run.
+        TrainingDiverged: a loss or a gradient is NaN or infinite; values and state are those of
+            the last good step.
     """
     model, parameters = handle.model, handle.parameters()
     if not any(predictions([example]) for example in examples):
         raise InvalidInput("the data predicts no token: give longer texts")
     steps = settings.count(len(examples))
+    last = steps if until is None else min(until, steps)
     key = _key(handle, examples, settings)
     optimizer = _optimizer(parameters, settings)
     torch.manual_seed(settings.seed)
@@ -133,21 +149,23 @@ def fit(
     was_training = model.training
     model.train()
     try:
-        while len(losses) < steps:
+        while len(losses) < last:
             loss = _step(model, parameters, optimizer, examples, settings, len(losses), steps)
             losses.append(loss)
             good = len(losses), _snapshot(parameters, optimizer)
-            due = len(losses) % settings.save_every == 0 or len(losses) == steps
+            due = len(losses) % settings.save_every == 0 or len(losses) == last
             if state is not None and due:
                 _write(state, key, good[1], losses)
             on_step(len(losses), steps, loss)
-    except BaseException:
+    except BaseException as error:
         done, tensors = good
         with torch.no_grad():
             for number, parameter in enumerate(parameters):
                 parameter.copy_(tensors[f"{number}.value"])
         if state is not None and done:
             _write(state, key, tensors, losses[:done])
+        if isinstance(error, TrainingDiverged):
+            error.losses = losses[:done]
         raise
     finally:
         model.train(was_training)
@@ -176,6 +194,7 @@ def mean_loss(model: torch.nn.Module, examples: Sequence[Example], batch_size: i
 def _step(model, parameters, optimizer, examples, settings, step, steps) -> float:
     size = settings.batch_size * settings.accumulate
     chosen = [examples[i] for i in _order(len(examples), step * size, size, settings.seed)]
+    chosen.sort(key=lambda example: len(example.ids))  # like lengths together: less padding
     device = next(model.parameters()).device
     count = max(1, predictions(chosen))
     optimizer.zero_grad()
@@ -191,7 +210,7 @@ def _step(model, parameters, optimizer, examples, settings, step, steps) -> floa
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
     if not (math.isfinite(total) and math.isfinite(norm)):
         what = "loss" if not math.isfinite(total) else "gradient"
-        raise InvalidInput(
+        raise TrainingDiverged(
             f"the {what} is not finite in step {step + 1}: the values of step {step} are kept; "
             "try a lower learning rate or another dtype"
         )
@@ -220,17 +239,13 @@ def _optimizer(parameters, settings: Settings) -> torch.optim.Optimizer:
     return made(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
-def _key(handle: SparseHandle, examples: Sequence[Example], settings: Settings) -> dict:
+def _key(handle: Trainable, examples: Sequence[Example], settings: Settings) -> dict:
     """What a state must have been made with, as JSON has it."""
-    data, listed, base = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    data = hashlib.sha256()
     for example in examples:
         data.update(example.ids.numpy().tobytes() + example.labels.numpy().tobytes())
-    for site, pairs in handle.coordinates.weights.items():
-        listed.update(str(site).encode() + pairs.numpy().tobytes())
-        base.update(str(fingerprint(handle.target(site), pairs)).encode())
     found = {name: value for name, value in asdict(settings).items() if name != "save_every"}
-    digests = {"data": data, "coordinates": listed, "base": base}
-    found |= {name: digest.hexdigest()[:16] for name, digest in digests.items()}
+    found |= {"data": data.hexdigest()[:16]} | handle.identity()
     return found | {"dtype": str(next(handle.model.parameters()).dtype)}
 
 

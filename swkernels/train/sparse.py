@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +82,14 @@ class SparseHandle:
     def parameters(self) -> list[nn.Parameter]:
         """The trainable values, for an optimizer."""
         return list(self.values().values())
+
+    def identity(self) -> dict[str, str]:
+        """Digests of the coordinates and of the base weights there, 16 hexadecimal digits each."""
+        listed, base = hashlib.sha256(), hashlib.sha256()
+        for site, pairs in self.coordinates.weights.items():
+            listed.update(str(site).encode() + pairs.numpy().tobytes())
+            base.update(str(fingerprint(self.target(site), pairs)).encode())
+        return {"coordinates": listed.hexdigest()[:16], "base": base.hexdigest()[:16]}
 
     def target(self, site: Site) -> Target:
         """The weight of a site, as ``sparse`` found it."""

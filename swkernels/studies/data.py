@@ -1,0 +1,97 @@
+"""The data of the studies: from a folder, or from Hugging Face data sets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from swkernels.detect.text import read_dataset, read_text
+from swkernels.errors import InvalidInput
+from swkernels.evidence.tasks import Task, read_task
+
+# Of each part: its names in a folder, the first that is there, and the Hugging Face data set.
+TEXT = "text"
+PARTS = {
+    TEXT: (
+        ("wikitext2/wiki.test.raw", "wiki.test.raw", "text.txt"),
+        "Salesforce/wikitext:wikitext-2-raw-v1@test",
+    ),
+    "arc/train": (
+        ("arc/ARC-Easy-Train.jsonl", "ARC-Easy-Train.jsonl", "arc/train.jsonl"),
+        "allenai/ai2_arc:ARC-Easy@train",
+    ),
+    "arc/dev": (
+        ("arc/ARC-Easy-Dev.jsonl", "ARC-Easy-Dev.jsonl", "arc/dev.jsonl"),
+        "allenai/ai2_arc:ARC-Easy@validation",
+    ),
+    "arc/test": (
+        ("arc/ARC-Easy-Test.jsonl", "ARC-Easy-Test.jsonl", "arc/test.jsonl"),
+        "allenai/ai2_arc:ARC-Easy@test",
+    ),
+    "winogrande/test": (
+        ("winogrande/dev.jsonl", "winogrande.jsonl", "winogrande/test.jsonl"),
+        "allenai/winogrande:winogrande_xl@validation",
+    ),
+}
+NAMES = {"arc/test": "ARC-Easy", "winogrande/test": "Winogrande"}
+
+
+@dataclass
+class Data:
+    """The parts that studies need, each read once.
+
+    Attributes:
+        folder: where they are; None takes the Hugging Face data sets.
+    """
+
+    folder: Path | None = None
+    _read: dict[str, object] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if self.folder is not None and not self.folder.is_dir():
+            raise InvalidInput(f"expected a folder with the data of the studies: {self.folder}")
+
+    def check(self, parts: Iterable[str]) -> None:
+        """Read what a study needs, before anything long begins.
+
+        Raises:
+            InvalidInput: a file that is not there or holds something else, with its line.
+        """
+        for part in parts:
+            if part == TEXT:
+                _ = self.text
+            else:
+                self.task(part)
+
+    @cached_property
+    def text(self) -> str:
+        """The text whose perplexity is measured."""
+        source = self._source(TEXT)
+        return read_text(source) if isinstance(source, Path) else "\n".join(read_dataset(source))
+
+    def task(self, part: str, limit: int | None = None) -> Task:
+        """The questions of "arc/test" and its like, the first ``limit``."""
+        if part not in self._read:
+            self._read[part] = read_task(self._source(part), name=NAMES.get(part, part))
+        task = self._read[part]
+        return Task(task.name, task.items[:limit], task.source)
+
+    def digest(self, part: str) -> str:
+        """16 hexadecimal digits of what a part holds."""
+        content = self.text if part == TEXT else repr(self.task(part).items)
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    def _source(self, part: str) -> Path | str:
+        names, dataset = PARTS[part]
+        if self.folder is None:
+            return dataset
+        for name in names:
+            if (self.folder / name).is_file():
+                return self.folder / name
+        raise InvalidInput(
+            f"{self.folder} has no {names[0]} (nor {', '.join(names[1:])}): put it there, or "
+            f"leave out --data to take {dataset} of Hugging Face"
+        )

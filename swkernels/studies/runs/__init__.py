@@ -1,0 +1,1 @@
+"""What runs do: one function for each kind, from a configuration to figures."""
