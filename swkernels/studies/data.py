@@ -31,11 +31,27 @@ PARTS = {
         ("arc/ARC-Easy-Test.jsonl", "ARC-Easy-Test.jsonl", "arc/test.jsonl"),
         "allenai/ai2_arc:ARC-Easy@test",
     ),
+    "winogrande/train": (
+        (
+            "winogrande/train_s.jsonl",
+            "winogrande/train_m.jsonl",
+            "winogrande/train_xs.jsonl",
+            "winogrande/train.jsonl",
+        ),
+        "allenai/winogrande:winogrande_s@train",
+    ),
+    "winogrande/dev": (
+        ("winogrande/train_m.jsonl", "winogrande/train_l.jsonl", "winogrande/held_out.jsonl"),
+        "allenai/winogrande:winogrande_m@train",
+    ),
     "winogrande/test": (
         ("winogrande/dev.jsonl", "winogrande.jsonl", "winogrande/test.jsonl"),
         "allenai/winogrande:winogrande_xl@validation",
     ),
 }
+# Winogrande publishes no third set with answers, but training sets that hold each other: what a
+# larger one has beside the one that is trained on is held out.
+LESS = {"winogrande/dev": "winogrande/train"}
 NAMES = {"arc/test": "ARC-Easy", "winogrande/test": "Winogrande"}
 
 
@@ -75,7 +91,8 @@ class Data:
     def task(self, part: str, limit: int | None = None) -> Task:
         """The questions of "arc/test" and its like, the first ``limit``."""
         if part not in self._read:
-            self._read[part] = read_task(self._source(part), name=NAMES.get(part, part))
+            found = read_task(self._source(part), name=NAMES.get(part, part))
+            self._read[part] = self._less(found, LESS[part]) if part in LESS else found
         task = self._read[part]
         return Task(task.name, task.items[:limit], task.source)
 
@@ -83,6 +100,18 @@ class Data:
         """16 hexadecimal digits of what a part holds."""
         content = self.text if part == TEXT else repr(self.task(part).items)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    def _less(self, task: Task, part: str) -> Task:
+        """``task`` without the questions of another part."""
+        asked = lambda item: (item.contexts, item.continuations)  # noqa: E731
+        taken = {asked(item) for item in self.task(part).items}
+        items = tuple(item for item in task.items if asked(item) not in taken)
+        if not items:
+            raise InvalidInput(
+                f"every question of {task.source} is in {self.task(part).source}, which is trained "
+                "on: put a larger set, or one of other questions, beside it"
+            )
+        return Task(task.name, items, task.source)
 
     def _source(self, part: str) -> Path | str:
         names, dataset = PARTS[part]

@@ -31,7 +31,8 @@ def write_page(folder: Path, recipes: Sequence[Recipe], book: Book, plan: Plan, 
     """
     found = Found(book, plan)
     begun = [recipe for recipe in recipes if _is_begun(recipe, book, plan)]
-    sections = [(recipe, recipe.section(found)) for recipe in begun]
+    said = [(recipe, recipe.section(found)) for recipe in begun]
+    sections = [(recipe, section) for recipe, section in said if section is not None]
     parts = ["# Studies", head, *_overview(sections)]
     for recipe, section in sections:
         parts += _section(folder, recipe, section, book, plan)

@@ -117,10 +117,10 @@ class Recipe:
         title: for the page.
         published: where the experiment was published: table and paper.
         shows: what one learns of it, a sentence.
-        data: parts of ``data.PARTS`` that it needs.
+        data: parts of ``data.PARTS`` that it needs; "{task}" stands for the task of the plan.
         minutes: what the small budget takes on two cores with SmolLM2-135M.
         runs: the runs of a plan; what they need comes by itself.
-        section: what the page says, of the runs that are done.
+        section: what the page says, of the runs that are done; None where that is nothing yet.
         needs_lora: it adapts attention projections, with the library peft.
     """
 
@@ -131,5 +131,9 @@ class Recipe:
     data: Sequence[str]
     minutes: int
     runs: Callable[[Plan], Sequence[Run]]
-    section: Callable[[Found], Section]
+    section: Callable[[Found], Section | None]
     needs_lora: bool = False
+
+    def parts(self, plan: Plan) -> list[str]:
+        """The parts of the data that it needs for a plan."""
+        return [part.format(task=plan.task) for part in self.data]

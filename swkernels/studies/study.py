@@ -92,7 +92,8 @@ def study(
     """
     recipes = chosen(names)
     data = data or Data()
-    data.check(dict.fromkeys(part for recipe in recipes for part in recipe.data))
+    parts = list(dict.fromkeys(part for recipe in recipes for part in recipe.parts(plan)))
+    data.check(parts)
     progress("loading the model", 0, 1)
     loaded, tokenizer, fingerprint = model.load()
     progress("loading the model", 1, 1)
@@ -102,7 +103,7 @@ def study(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "super weights": "detected" if super_weights is None else _digest(super_weights),
     }
-    digests = {part: data.digest(part) for recipe in recipes for part in recipe.data}
+    digests = {part: data.digest(part) for part in parts}
     book = Book(output / RUNS, identity | digests)
     work = output / WORK
     work.mkdir(parents=True, exist_ok=True)

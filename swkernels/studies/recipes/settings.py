@@ -13,9 +13,9 @@ RANK, ALPHA = 8, 16
 TRAINING = "AdamW, learning rate 1e-4 falling to 0, effective batch 16, the loss of the answers"
 
 
-def data_of(plan_task: str = "arc") -> tuple[str, ...]:
-    """The parts of the data that a training study needs."""
-    return (TEXT, f"{plan_task}/train", f"{plan_task}/dev", f"{plan_task}/test")
+def data_of() -> tuple[str, ...]:
+    """The parts of the data that a training study needs, for ``Recipe.data``."""
+    return (TEXT, "{task}/train", "{task}/dev", "{task}/test")
 
 
 def baseline(plan: Plan) -> Run:
