@@ -27,6 +27,8 @@ class Provider:
         note: what served the automatic choice, or None.
         weights: tells the bytes of the model's weights, after the first call; None where it has
             no model.
+        step_memory: tells the bytes that a training step takes beyond the loaded model; None where
+            it trains nothing.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Provider:
     missing: str | None = None
     note: str | None = None
     weights: Callable[[], int] | None = None
+    step_memory: Callable[[], int | None] | None = None
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ def _judged(
         with contextlib.nullcontext() if provider.role == "compile" else poisoned():
             error = judge(provider.call(inputs))
         peak = peak_memory(lambda: provider.call(inputs), device)
+        told = _told(provider)
     except Exception as failure:  # one failing kernel is reported and the rest still run
         text = str(failure).strip().splitlines() or [""]
         return _result(case, provider, "failed", f"{type(failure).__name__}: {text[0]}"[:300]), None
@@ -93,10 +94,14 @@ def _judged(
     if not error.passed:
         reason = f"error {error.value:.3g}, limit {error.limit:.3g} ({error.measure})"
         return _result(case, provider, "wrong", reason) | {"error": entry}, None
-    result = _result(case, provider, "ok", provider.note)
-    if provider.weights is not None:
-        result["weights"] = provider.weights()
+    result = _result(case, provider, "ok", provider.note) | told
     return result | {"error": entry, "peak_memory": peak}, error
+
+
+def _told(provider: Provider) -> dict:
+    """What a provider itself tells of a whole model."""
+    asked = {name: getattr(provider, name) for name in records.OF_MODELS}
+    return {name: ask() for name, ask in asked.items() if ask is not None}
 
 
 def _result(case: Case, provider: Provider | None, status: str, reason: str | None) -> dict:

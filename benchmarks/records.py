@@ -27,7 +27,7 @@ _RESULT = {
     "kind", "run", "op", "case", "models", "projection", "shape", "dtype", "provider", "role",
     "status", "reason", *SPEED, "flop", "bytes", "peak_memory", "error",
 }  # fmt: skip
-_OF_MODELS = {"weights"}  # fields that a result of a whole model may have besides
+OF_MODELS = ("weights", "step_memory")  # fields that a result of a whole model may have besides
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _check_header(header: dict) -> None:
 
 
 def _check_result(result: dict) -> None:
-    _check_fields(result, _RESULT, _OF_MODELS)
+    _check_fields(result, _RESULT, set(OF_MODELS))
     status, role = result["status"], result["role"]
     if status not in STATUSES:
         raise ValueError(f"status is {status!r}, expected one of {', '.join(STATUSES)}")

@@ -107,7 +107,7 @@ def _machine(book: Book, machine: str) -> list[str]:
     parts = [f"## {machine}", _runs(entries)]
     for op in dict.fromkeys(entry.op for entry in measured):
         of_op = [entry for entry in measured if entry.op == op]
-        parts += [f"### {op}", _cases(of_op), _models(of_op), _refusals(of_op)]
+        parts += [f"### {op}", _cases(of_op), _models(of_op), _steps(of_op), _refusals(of_op)]
     parts += ["### Where another way is faster", _slower_table(measured, len(measured))]
     left_out = [entry for entry in entries if entry.skipped]
     if left_out:
@@ -172,6 +172,17 @@ def _models(entries: list[Entry]) -> str:
         if "weights" in r
     ]
     return table(["case", "model", "tokens a second", "weights"], rows) if rows else ""
+
+
+def _steps(entries: list[Entry]) -> str:
+    """Memory of training steps of whole models."""
+    rows = [
+        [entry.case, r["provider"], _memory(r["step_memory"])]
+        for entry in entries
+        for r in entry.timed()
+        if r.get("step_memory") is not None
+    ]
+    return table(["case", "trained by", "memory of a step"], rows) if rows else ""
 
 
 _REFUSED = ("wrong", "failed")

@@ -116,6 +116,16 @@ def weights_over(name: str) -> Callable[[Entry], float | None]:
     return measure
 
 
+def step_memory_over(name: str) -> Callable[[Entry], float | None]:
+    """Memory of our training step over that of another provider's."""
+
+    def measure(entry: Entry) -> float | None:
+        found = [(entry.of(provider) or {}).get("step_memory") for provider in (OURS, name)]
+        return None if None in found else found[0] / found[1]
+
+    return measure
+
+
 _ATTENTION = {"tokens": 1024, "columns": 2048}
 _DENSE, _GATHERED = "dense gradient and gather", "gathered columns, multiplied and summed"
 _MASKED = ("PEFT Super-Tuning", "PEFT SHiRA, r = 1")
@@ -218,6 +228,14 @@ TARGETS = [
         times_faster(*_MASKED),
         1.0,
         at_least=True,
+    ),
+    Target(
+        "peak memory of a step with k = 4096 over LoRA's, beyond the loaded SmolLM2, float32",
+        "cpu",
+        "sparse_training",
+        {"dtype": "float32"},
+        step_memory_over("PEFT LoRA, r = 8"),
+        1.0,
     ),
     *(
         Target(

@@ -71,11 +71,12 @@ def test_a_result_that_breaks_the_schema_is_refused_and_nothing_is_written(tmp_p
     assert [entry.name for entry in tmp_path.iterdir()] == ["machine.jsonl"]
 
 
-def test_a_model_may_say_the_bytes_of_its_weights(tmp_path):
+@pytest.mark.parametrize("field", ["weights", "step_memory"])
+def test_a_model_may_say_the_bytes_of_its_weights_and_of_a_step(tmp_path, field):
     path = tmp_path / "machine.jsonl"
-    records.write(path, HEADER, [RESULT | {"weights": 7}, RESULT | {"case": "no model"}])
+    records.write(path, HEADER, [RESULT | {field: 7}, RESULT | {"case": "no model"}])
     (run,) = records.read(tmp_path)
-    assert [result.get("weights") for result in run.results] == [7, None]
+    assert [result.get(field) for result in run.results] == [7, None]
 
 
 def test_a_broken_file_is_named_with_its_line(tmp_path):

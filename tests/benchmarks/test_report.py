@@ -200,6 +200,20 @@ def test_a_model_that_generates_has_its_tokens_a_second_and_its_weights(place):
     assert "| 0.300 (Some CPU, 2 cores) |" in line_of(readme, "the same model, bytes")
 
 
+def test_a_training_step_has_its_memory_and_is_held_against_that_of_lora(place):
+    rows = results(
+        "a1", "step", ("forward", "bare", 6.0), ("swkernels", "ours", 6.6),
+        ("PEFT LoRA, r = 8", "peer", 6.1), op="sparse_training", dtype="float32",
+    )  # fmt: skip
+    for row, size in zip(rows, (None, 210e6, 200e6)):
+        row["step_memory"] = size and int(size)
+    records.write(place.path, header(), rows)
+    readme, page = place.pages()
+    assert "| step | swkernels | 210 MB |" in page and "| step | forward |" not in page
+    line = line_of(readme, "peak memory of a step with k = 4096")
+    assert line.endswith("| 1.050 **missed** (Some CPU, 2 cores) |")
+
+
 def test_a_share_of_bandwidth_is_that_of_the_read_beside_it(place):
     rows = results(
         "a1", "rows", ("read", "bare", 1e-3), ("swkernels", "ours", 2e-3), shape=(8192, 2048)
