@@ -32,12 +32,15 @@ class StopWords:
         probabilities: of each word, the mean over all predictions; NaN once one of them is NaN.
         predictions: how many were averaged.
         left_out: words that were asked for and are not one token.
+        windows: of each window of the text, of each word, the probabilities summed over its
+            predictions: how much they vary says how sure a ratio is.
     """
 
     words: tuple[str, ...]
     probabilities: tuple[float, ...]
     predictions: int
     left_out: tuple[str, ...] = ()
+    windows: tuple[tuple[float, ...], ...] = ()
 
     @property
     def mean(self) -> float:
@@ -65,6 +68,7 @@ class StopWords:
             "predictions": self.predictions,
             "probabilities": dict(zip(self.words, self.probabilities)),
             "left_out": list(self.left_out),
+            "windows": [list(sums) for sums in self.windows],
         }
 
 
@@ -93,11 +97,11 @@ class StopWordMeter:
                 f"no stop word is one token of {type(tokenizer).__name__}, of "
                 f"{' '.join(found)!r:.100}: name words that are, or measure none"
             )
-        self._sums = torch.zeros(len(self.tokens), dtype=torch.float64)
+        self._windows: list[torch.Tensor] = []  # of each call, float64 [words]
         self._predictions = 0
 
     def __call__(self, logits: torch.Tensor) -> None:
-        """Add the predictions of logits [count, V].
+        """Add the predictions of a window, logits [count, V].
 
         Raises:
             InvalidInput: a word's token is outside the vocabulary.
@@ -108,10 +112,12 @@ class StopWordMeter:
                 f"token id {int(ids.max())} is outside the model's vocabulary of "
                 f"{logits.shape[-1]}: use the tokenizer that belongs to the model"
             )
+        sums = torch.zeros(len(ids), dtype=torch.float64)
         for rows in logits.split(rows_together(logits)):
             rows = rows.float()
             chosen = rows[:, ids].double() - rows.logsumexp(-1, keepdim=True).double()
-            self._sums += chosen.exp().sum(0).cpu()
+            sums += chosen.exp().sum(0).cpu()
+        self._windows.append(sums)
         self._predictions += len(logits)
 
     def result(self) -> StopWords:
@@ -122,9 +128,11 @@ class StopWordMeter:
         """
         if not self._predictions:
             raise InvalidInput("no prediction was measured: call the meter with logits first")
-        means = self._sums / self._predictions
+        sums = torch.stack(self._windows)  # [windows, words]
+        means = sums.sum(0) / self._predictions
+        windows = tuple(map(tuple, sums.tolist()))
         return StopWords(
-            tuple(self.tokens), tuple(means.tolist()), self._predictions, self.left_out
+            tuple(self.tokens), tuple(means.tolist()), self._predictions, self.left_out, windows
         )
 
 

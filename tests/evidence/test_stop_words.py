@@ -53,6 +53,10 @@ def test_probabilities_are_means_over_all_predictions(tokenizer, dtype):
     assert found.probabilities == pytest.approx(expected.tolist(), rel=1e-6)
     assert found.mean == pytest.approx(float(expected.mean()), rel=1e-6)
     assert found.to_dict()["probabilities"]["the"] == found.probabilities[0]
+    the = logits.double().softmax(-1)[:, 3 + WORDS.index("the")]
+    sums = [float(part.sum()) for part in the.split([3, 500, 197])]
+    assert [window[0] for window in found.windows] == pytest.approx(sums, rel=1e-6)
+    assert found.to_dict()["windows"] == [list(window) for window in found.windows]
 
 
 def test_nan_is_kept_and_minus_infinity_is_impossible(tokenizer):
