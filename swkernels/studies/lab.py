@@ -35,6 +35,7 @@ class Lab:
         tokenizer: of the model.
         given: super weights; None lets a scan find them.
         progress: called with (stage, done, total).
+        name: of the model, as it was loaded: what the catalogue may know it by.
     """
 
     load: Callable[[], nn.Module]
@@ -45,9 +46,10 @@ class Lab:
     tokenizer: object
     given: Coordinates | None = None
     progress: Progress = silent
+    name: str = ""
 
-    def figures(self, run: Run) -> dict:
-        """What a run found that the one at work needs."""
+    def figures(self, run: Run | str) -> dict:
+        """What a run, or that of a key, found that the one at work needs."""
         return self.book.figures(run)
 
     @property

@@ -107,7 +107,10 @@ def study(
     book = Book(output / RUNS, identity | digests)
     work = output / WORK
     work.mkdir(parents=True, exist_ok=True)
-    lab = Lab(lambda: model.load()[0], data, book, work, loaded, tokenizer, super_weights, progress)
+    lab = Lab(
+        lambda: model.load()[0], data, book, work, loaded, tokenizer, super_weights, progress,
+        model.name,
+    )  # fmt: skip
     about = {
         "model": model.name,
         "identity": identity | digests,
