@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from swkernels.detect.text import read_dataset, read_text
+from swkernels.detect.text import dataset_rows, read_text
 from swkernels.errors import InvalidInput
 from swkernels.evidence.tasks import Task, read_task
 
@@ -41,7 +41,7 @@ PARTS = {
         "allenai/winogrande:winogrande_s@train",
     ),
     "winogrande/dev": (
-        ("winogrande/train_m.jsonl", "winogrande/train_l.jsonl", "winogrande/held_out.jsonl"),
+        ("winogrande/held_out.jsonl", "winogrande/train_m.jsonl", "winogrande/train_l.jsonl"),
         "allenai/winogrande:winogrande_m@train",
     ),
     "winogrande/test": (
@@ -86,7 +86,13 @@ class Data:
     def text(self) -> str:
         """The text whose perplexity is measured."""
         source = self._source(TEXT)
-        return read_text(source) if isinstance(source, Path) else "\n".join(read_dataset(source))
+        if isinstance(source, Path):
+            return read_text(source)
+        name, _, split = source.partition("@")
+        rows = dataset_rows(name, split, "a folder with it (--data)")
+        if not all(isinstance(row.get("text"), str) for row in rows):
+            raise InvalidInput(f"the data set {source} has no column of strings named text")
+        return "".join(row["text"] or " \n" for row in rows)  # blank lines are empty there
 
     def task(self, part: str, limit: int | None = None) -> Task:
         """The questions of "arc/test" and its like, the first ``limit``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from swkernels.evidence import bootstrap
@@ -61,10 +62,47 @@ class Difference:
     p_value: float
 
     @property
+    def is_gain(self) -> bool:
+        """Above 0 by the interval, and by the exact test: few questions make the first too sure."""
+        return self.low > 0 and self.p_value < 0.05
+
+    @property
+    def is_loss(self) -> bool:
+        """Below 0, by the same."""
+        return self.high < 0 and self.p_value < 0.05
+
+    @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.low > 0 or self.high < 0
+        """Whether it is one of the two."""
+        return self.is_gain or self.is_loss
 
     def __str__(self) -> str:
         points = f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
         return f"{points} points, p = {self.p_value:.2g}"
+
+
+def fell_to_chance(accuracy: Accuracy, base: Accuracy, chance: float) -> bool | None:
+    """Whether an accuracy collapsed from that of ``base`` to chance.
+
+    Returns:
+        True: its interval holds chance (or lies below) and ends nearer to chance than to the
+        baseline, and it lost on the same questions. False: its interval lies above chance. None:
+        neither, or the baseline's does not lie above chance itself.
+    """
+    low, high = accuracy.interval
+    if base.interval[0] <= chance:
+        return None
+    if low > chance:
+        return False
+    return True if high < (chance + base.value) / 2 and accuracy.less(base).is_loss else None
+
+
+def all_of(states: Iterable[bool | None]) -> bool | None:
+    """Whether all hold: False where one does not, else None where one is undecided."""
+    states = list(states)
+    return False if False in states else None if None in states else True
+
+
+def opposite(state: bool | None) -> bool | None:
+    """Whether it does not hold; what is undecided stays so."""
+    return None if state is None else not state

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from ..recipe import Found, Plan, Recipe, Section
+from ..recipe import Found, Plan, Recipe, Section, Verdict
 from ..run import Run
-from .settings import baseline, data_of, described, training
-from .training_views import curves, training_table
+from . import direct
+from .comparing import Accuracy, all_of, opposite
+from .settings import CHANCE, baseline, data_of, described, training
+from .training_views import (
+    Runs,
+    accuracies,
+    collapsed,
+    curves,
+    few_steps,
+    notes,
+    training_table,
+    untrained,
+)
 
-PUBLISHED = {4096: ("64.18 %",)}
+PUBLISHED = {"arc": {4096: ("64.18 %",)}, "winogrande": {}}
+
+
+def control(plan: Plan) -> int:
+    """The k whose random control was published: 4,096."""
+    return plan.budget.counts[2]
 
 
 def run_of(plan: Plan, k: int) -> Run:
@@ -17,20 +33,85 @@ def run_of(plan: Plan, k: int) -> Run:
 
 
 def runs(plan: Plan) -> list[Run]:
-    return [baseline(plan), *(run_of(plan, k) for k in plan.budget.counts)]
+    """The controls, and the super weights that the published one is compared with."""
+    own = [run_of(plan, k) for k in plan.budget.counts]
+    return [baseline(plan), *own, direct.run_of(plan, control(plan))]
 
 
-def section(found: Found) -> Section:
+def section(found: Found) -> Section | None:
     plan = found.plan
-    labelled = {f"k = {k:,}": found(run_of(plan, k)) for k in plan.budget.counts}
-    published = {f"k = {k:,}": value for k, value in PUBLISHED.items()}
+    k = control(plan)
+    drawn = {f"k = {count:,}": found(run_of(plan, count)) for count in plan.budget.counts}
+    if not any(drawn.values()):
+        return None
+    published = {f"k = {count:,}": there for count, there in PUBLISHED[plan.task].items()}
+    pair = {
+        f"{k:,} random": drawn[f"k = {k:,}"],
+        f"{k:,} super weights": found(direct.run_of(plan, k)),
+    }
     return Section(
         described(plan),
         [
-            training_table(found, labelled, published, ("OLMo-1B",)),
-            curves("random-control", "Loss of the training answers; perplexity", labelled),
+            training_table(found, drawn, published, ("OLMo-1B",)),
+            curves("random-control", "Loss of the training answers; perplexity of the text", drawn),
+        ],
+        no_collapse(found, drawn) + specific(found, *pair.items()),
+        [
+            f"The random weights avoid the {plan.budget.ranked:,} largest of the down projections; "
+            "the paper says of them that super-weight coordinates are excluded.",
+            *notes(found, drawn),
         ],
     )
+
+
+def no_collapse(found: Found, drawn: Runs) -> list[Verdict]:
+    """Whether no control fell to chance, and whether the published one gained."""
+    base, k = untrained(found), control(found.plan)
+    if base is None or not all(drawn.values()):
+        return []
+    states = [opposite(collapsed(found, figures)) for figures in drawn.values()]
+    gain = Accuracy.of(drawn[f"k = {k:,}"]["choices"]).less(base)
+    short = few_steps(found, drawn)
+    return [
+        Verdict(
+            "Training random positions does not collapse.",
+            all_of(states),
+            f"{accuracies(found, drawn)}{short}.",
+        ),
+        Verdict(
+            f"Training {k:,} random positions improves over the baseline.",
+            True if gain.is_gain else False if gain.is_loss else None,
+            f"against no training, on the same questions: {gain}{short}.",
+        ),
+    ]
+
+
+def specific(
+    found: Found, drawn: tuple[str, dict | None], largest: tuple[str, dict | None]
+) -> list[Verdict]:
+    """Whether super weights collapse and as many random positions, trained alike, do not.
+
+    Args:
+        drawn, largest: what each of the two runs is called, and its figures.
+    """
+    runs = dict([drawn, largest])
+    if untrained(found) is None or not all(runs.values()):
+        return []
+    random, super_weights = (Accuracy.of(figures["choices"]) for figures in runs.values())
+    gap = random.less(super_weights)
+    fell = collapsed(found, largest[1])
+    unhurt = random.interval[0] > CHANCE[found.plan.task] and gap.is_gain
+    if fell is False or collapsed(found, drawn[1]):
+        holds = False
+    else:
+        holds = True if fell and unhurt else None
+    return [
+        Verdict(
+            "The collapse is specific to super-weight coordinates.",
+            holds,
+            f"{accuracies(found, runs)}; random less super weights {gap}{few_steps(found, runs)}.",
+        )
+    ]
 
 
 RANDOM_CONTROL = Recipe(
@@ -39,7 +120,7 @@ RANDOM_CONTROL = Recipe(
     "Table 6 of arXiv 2607.08733",
     "Random positions of the same matrices are trained; the paper finds a gain over the baseline.",
     data_of(),
-    minutes=20,
+    minutes=25,
     runs=runs,
     section=section,
 )

@@ -1,32 +1,47 @@
-"""What the training studies show: a table of accuracies, curves, and whether they collapsed."""
+"""What the training studies show: accuracies, curves, and what became of the published claims."""
 
 from __future__ import annotations
 
-from swkernels.train.figure import LINE, MARK, MUTED
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from swkernels.train.figure import LINE, MARK, MUTED, log_where_wide
 
 from ..page import percent
 from ..recipe import Figure, Found, Table, Verdict
-from .comparing import Accuracy
-from .settings import CHANCE, baseline
+from .comparing import Accuracy, all_of, fell_to_chance
+from .settings import BASELINE, CHANCE, LEARNING_RATE, PUBLISHED_STEPS, baseline
+
+COLORS = (LINE, MARK, MUTED, "#7f9c3b", "#b58900", "#6c71c4")
+EXPLODED, CALM = 10.0, 2.0  # perplexity over that before: no less has exploded, no more has not
+
+Runs = Mapping[str, dict | None]  # what a run is called: its figures, or None
+
+
+def untrained(found: Found) -> Accuracy | None:
+    """The accuracy of the model as it is."""
+    before = found(baseline(found.plan))
+    return None if before is None else Accuracy.of(next(iter(before["choices"].values())))
 
 
 def training_table(
     found: Found,
-    runs: dict[str, dict | None],
-    published: dict[str, tuple[str, ...]],
-    models: tuple[str, ...],
+    runs: Runs,
+    published: Mapping[str, Sequence[str]],
+    models: Sequence[str],
 ) -> Table:
     """Accuracy, losses and perplexity of training runs beside the published accuracies."""
-    before = found(baseline(found.plan))
-    base = before and Accuracy.of(next(iter(before["choices"].values())))
+    before, base = found(baseline(found.plan)), untrained(found)
     columns = ["trained", "values", "accuracy [95 %]", "against no training", "training loss"]
     columns += ["held-out loss", "perplexity", *models]
-    blank = [None] * len(models)
     rows = []
     if base:
         (held_out,) = before["held_out"].values()
         perplexity = before["perplexity"]["perplexity"]
-        rows.append(["nothing", 0, str(base), None, None, held_out, perplexity, *blank])
+        there = [BASELINE[found.plan.task].get(model) for model in models]
+        rows.append(["nothing", 0, str(base), None, None, held_out, perplexity, *there])
     for label, figures in runs.items():
         if figures is None:
             continue
@@ -34,59 +49,173 @@ def training_table(
         last = figures["curve"][-1]
         rows.append(
             [
-                label,
+                label + _end(figures),
                 figures["parameters"],
                 str(accuracy),
                 str(accuracy.less(base)) if base else None,
-                _change(*_ends(figures["losses"])),
+                _change(figures["losses"]),
                 last["held_out"],
                 last["perplexity"],
-                *published.get(label, blank),
+                *published.get(label, [None] * len(models)),
             ]
         )
-    return Table(columns, rows)
+    caption = (
+        "Losses in nats: of training, the mean of the first and of the last eighth of the steps; "
+        "held out and perplexity (of the text) after the last step."
+    )
+    return Table(columns, rows, caption)
 
 
-def curves(name: str, caption: str, runs: dict[str, dict | None]) -> Figure:
-    """Training loss by step, and the perplexity along the way."""
+def curves(name: str, caption: str, runs: Runs) -> Figure:
+    """Training loss by step, and the perplexity of the text along the way."""
     done = {label: figures for label, figures in runs.items() if figures}
-    colors = dict(zip(done, (LINE, MARK, MUTED, "#7f9c3b", "#b58900", "#6c71c4") * 4))
+    colors = {label: COLORS[n % len(COLORS)] for n, label in enumerate(done)}
 
     def draw(figure) -> None:
         left, right = figure.subplots(1, 2)
+        reached = []
         for label, figures in done.items():
-            losses = figures["losses"]
+            losses, points = figures["losses"], figures["curve"]
             left.plot(range(1, len(losses) + 1), losses, color=colors[label], lw=1.2, label=label)
-            steps = [point["step"] for point in figures["curve"]]
-            values = [point["perplexity"] for point in figures["curve"]]
+            values = [point["perplexity"] for point in points]
+            steps = [point["step"] for point in points]
             right.plot(steps, values, color=colors[label], marker="o", ms=3.5, lw=1.2)
+            reached += values
         left.set(xlabel="step", ylabel="training loss, nats")
         right.set(xlabel="step", ylabel="perplexity of the text")
-        left.legend(frameon=False, fontsize=8)
+        log_where_wide(right, "y", reached)
+        if done:
+            left.legend(frameon=False, fontsize=8)
 
     return Figure(name, caption, draw)
 
 
-def collapse(found: Found, runs: dict[str, dict | None], claim: str) -> list[Verdict]:
-    """Whether every run fell to chance."""
-    before = found(baseline(found.plan))
-    done = {label: Accuracy.of(f["choices"]) for label, f in runs.items() if f}
-    if before is None or len(done) < len(runs):
+def by_size(name: str, caption: str, series: Mapping[str, Runs], found: Found) -> Figure:
+    """Accuracy by the number of values that were trained, with chance and the baseline."""
+    base, chance = untrained(found), CHANCE[found.plan.task]
+
+    def draw(figure) -> None:
+        axes = figure.subplots()
+        sizes = []
+        for (label, runs), color in zip(series.items(), COLORS):
+            done = [figures for figures in runs.values() if figures]
+            if not done:
+                continue
+            found_here = [Accuracy.of(figures["choices"]) for figures in done]
+            counts = [figures["parameters"] for figures in done]
+            middle = [100 * accuracy.value for accuracy in found_here]
+            low, high = np.array([accuracy.interval for accuracy in found_here]).T * 100
+            reach = [middle - low, high - middle]
+            axes.errorbar(
+                counts, middle, reach, color=color, marker="o", ms=4, lw=1.2, capsize=3, label=label
+            )
+            sizes += counts
+        if base:
+            axes.axhline(100 * base.value, color=MUTED, lw=1, ls="--", label="no training")
+        axes.axhline(100 * chance, color=MUTED, lw=1, ls=":", label="chance")
+        log_where_wide(axes, "x", sizes)
+        axes.set(xlabel="values trained", ylabel="accuracy, %")
+        axes.legend(frameon=False, fontsize=8)
+
+    return Figure(name, caption, draw)
+
+
+def collapsed(found: Found, figures: dict) -> bool | None:
+    """Whether a run fell to chance.
+
+    A run that has not, after fewer steps than were published, might have later: None.
+    """
+    fell = fell_to_chance(
+        Accuracy.of(figures["choices"]), untrained(found), CHANCE[found.plan.task]
+    )
+    short = len(figures["losses"]) < PUBLISHED_STEPS[found.plan.task]
+    return None if fell is False and short else fell
+
+
+def collapse(found: Found, runs: Runs, claim: str) -> list[Verdict]:
+    """Whether every run fell to chance; nothing before all are done."""
+    base = untrained(found)
+    if base is None or not all(runs.values()):
         return []
-    base = Accuracy.of(next(iter(before["choices"].values())))
-    chance = CHANCE[found.plan.task]
-    at_chance = [label for label, accuracy in done.items() if accuracy.interval[0] <= chance]
-    fell = [label for label, a in done.items() if a.less(base).high < 0]
-    why = "; ".join(f"{label} {percent(a.value)} ({a.less(base)})" for label, a in done.items())
-    holds = True if len(at_chance) == len(done) else None if fell and at_chance else False
-    return [Verdict(f"{claim}.", holds, f"{percent(base.value)} before; {why}.")]
+    holds = all_of(collapsed(found, figures) for figures in runs.values())
+    return [Verdict(f"{claim}.", holds, f"{accuracies(found, runs)}{few_steps(found, runs)}.")]
 
 
-def _ends(losses: list[float]) -> tuple[float, float]:
+def explosion(found: Found, runs: Runs) -> list[Verdict]:
+    """Whether the training loss fell in every run while the perplexity exploded."""
+    before = found(baseline(found.plan))
+    if before is None or not all(runs.values()):
+        return []
+    intact = before["perplexity"]["perplexity"]
+    whole = PUBLISHED_STEPS[found.plan.task]
+    states, said = [], []
+    for label, figures in runs.items():
+        ratio = figures["curve"][-1]["perplexity"] / intact
+        # Written so that a ratio that is NaN has exploded.
+        grown = False if ratio < CALM else None if ratio < EXPLODED else True
+        grown = None if grown is False and len(figures["losses"]) < whole else grown
+        states += [loss_falls(figures, found.plan.budget.epochs), grown]
+        said.append(f"{label} loss {_change(figures['losses'])}, perplexity × {ratio:.4g}")
+    why = f"{'; '.join(said)} (exploded: {EXPLODED:g}-fold or more){few_steps(found, runs)}."
+    claim = "The training loss falls while the perplexity of the text explodes."
+    return [Verdict(claim, all_of(states), why)]
+
+
+def loss_falls(figures: dict, epochs: float) -> bool | None:
+    """Whether the last pass has a lower loss than the first, by the 95 % interval over steps.
+
+    Both passes see the same questions. None where that cannot be told, or there are no two passes.
+    """
+    losses = np.array(figures["losses"])
+    steps = int(figures["steps"] / epochs)  # of a pass
+    if steps < 2 or len(losses) < 2 * steps:
+        return None
+    first, last = losses[:steps], losses[-steps:]
+    reach = 1.96 * math.sqrt((first.var(ddof=1) + last.var(ddof=1)) / steps)
+    change = last.mean() - first.mean()
+    return None if abs(change) <= reach else bool(change < 0)
+
+
+def accuracies(found: Found, runs: Runs) -> str:
+    """The accuracy before and after each run, with the differences on the same questions."""
+    base = untrained(found)
+    each = []
+    for label, figures in runs.items():
+        accuracy = Accuracy.of(figures["choices"])
+        each.append(f"{label} {percent(accuracy.value)} ({accuracy.less(base)})")
+    chance = percent(CHANCE[found.plan.task])
+    return f"chance {chance}, no training {base}; {'; '.join(each)}"
+
+
+def few_steps(found: Found, runs: Runs) -> str:
+    """That the runs were shorter than the published ones, where they were."""
+    whole = PUBLISHED_STEPS[found.plan.task]
+    steps = min(len(figures["losses"]) for figures in runs.values() if figures)
+    return f"; {steps} steps of {whole} that were published" if steps < whole else ""
+
+
+def notes(found: Found, runs: Runs) -> list[str]:
+    """What to be careful about in every training study."""
+    whole = PUBLISHED_STEPS[found.plan.task]
+    steps = max((figures["steps"] for figures in runs.values() if figures), default=whole)
+    if steps >= whole:
+        return []
+    far, published = (LEARNING_RATE * (count + 1) / 2 for count in (steps, whole))
+    return [
+        f"{steps} steps where {whole} were published. AdamW moves a value by about the learning "
+        f"rate in a step: by {far:.2g} in all here, by {published:.2g} there. What has not "
+        "happened here may still happen there: it decides nothing."
+    ]
+
+
+def _end(figures: dict) -> str:
+    return "" if figures["diverged"] is None else f" (diverged in step {figures['diverged']})"
+
+
+def _change(losses: Sequence[float]) -> str | None:
     """The mean loss of the first and of the last eighth of the steps."""
+    if not losses:
+        return None
     part = max(1, len(losses) // 8)
-    return sum(losses[:part]) / part, sum(losses[-part:]) / part
-
-
-def _change(first: float, last: float) -> str:
+    first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
     return f"{first:.4g} → {last:.4g}"
