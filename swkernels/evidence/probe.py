@@ -110,6 +110,7 @@ def probe(
     inputs: object,
     *,
     random: int = 1,
+    same_row: bool = False,
     eps: float = EPSILON,
     seed: int = 0,
     progress: Progress = silent,
@@ -122,6 +123,7 @@ def probe(
         coordinates: of this model.
         inputs: token ids, a list of integers [S] or [N, S], S >= 2; each is an input by itself.
         random: random positions for each weight, in its own matrix, none of them twice.
+        same_row: in its own row, too: they share dL/dy with it, and differ in the input alone.
         eps: how far a weight is moved for the differences.
         seed: of the random positions.
         progress: called with (stage, done, total).
@@ -142,7 +144,10 @@ def probe(
         raise InvalidInput(f"input {short[0]} has 1 token: a loss needs 2 tokens or more")
     check_vocabulary(model, samples)
     samples = [ids.clone() for ids in samples]  # none of inference mode's
-    controls = _controls(model, edits.entries, coordinates, random, seed)
+    if same_row:
+        controls = _row_controls(edits.entries, random, seed)
+    else:
+        controls = _controls(model, edits.entries, coordinates, random, seed)
     entries = [*edits.entries, *(one for drawn in controls for one in drawn)]
     steps = torch.stack([true_steps(entries, eps), -true_steps(entries, -eps)])
     runner, offsets = Runner(base_of(model)[0]), Offsets(model, entries)
@@ -202,3 +207,27 @@ def _controls(model, entries: Sequence[Entry], coordinates, random: int, seed: i
         values = target.matrix()[rows, columns].double().tolist()
         drawn[site] = [Entry(target, *p, v) for p, v in zip(places.tolist(), values)]
     return tuple(tuple(drawn[entry.site].pop() for _ in range(random)) for entry in entries)
+
+
+def _row_controls(entries: Sequence[Entry], random: int, seed: int):
+    """P x R random entries, those of an entry in its own row."""
+    generator = torch.Generator().manual_seed(seed)
+    rows: dict[tuple, list[Entry]] = {}
+    for entry in entries:
+        rows.setdefault((entry.site, entry.row), []).append(entry)
+    drawn = {}
+    for (site, row), inside in rows.items():
+        weight, taken = inside[0].weight, {entry.column for entry in inside}
+        order = torch.randperm(weight.shape[1], generator=generator).tolist()
+        free = [column for column in order if column not in taken]
+        count = random * len(inside)
+        if len(free) < count:
+            raise InvalidInput(
+                f"row {row} of {site} has {len(free)} other entries, expected {count} for "
+                f"{random} random ones beside each weight: give a smaller random"
+            )
+        values = weight.matrix()[row, free[:count]].double().tolist()
+        drawn[site, row] = [Entry(weight, row, c, v) for c, v in zip(free, values)]
+    return tuple(
+        tuple(drawn[entry.site, entry.row].pop() for _ in range(random)) for entry in entries
+    )

@@ -283,6 +283,26 @@ def test_random_positions():
     assert drawn[0][0] == drawn[0][1] and drawn[0][0] != drawn[1][0]
 
 
+def test_random_positions_of_the_same_row():
+    model, name = build("llama"), LLAMA.format(0)
+    coordinates = Coordinates.of({name: [[1, 2], [1, 3], [4, 0]]}, model)
+    model.set_attn_implementation("eager")
+    found = probe(model, coordinates, IDS[:1], random=2, same_row=True)
+    assert [[one.row for one in drawn] for drawn in found.controls] == [[1, 1], [1, 1], [4, 4]]
+    places = {(e.row, e.column) for e in found.entries}
+    places |= {(one.row, one.column) for drawn in found.controls for one in drawn}
+    assert len(places) == 9
+    again = probe(model, coordinates, IDS[:1], random=2, same_row=True)
+    assert torch.equal(again.curvatures, found.curvatures)
+    other = probe(model, coordinates, IDS[:1], random=2, same_row=True, seed=1)
+    assert not torch.equal(other.curvatures, found.curvatures)
+    indices = [[e.row, e.column] for e in (*found.entries, *(o for d in found.controls for o in d))]
+    _, curve = dense(model, f"{name}.weight", indices, IDS[0])
+    torch.testing.assert_close(found.curvatures[0], curve, rtol=0, atol=1e-4 * float(curve.max()))
+    with pytest.raises(InvalidInput, match="row 1 .* expected 98"):
+        probe(model, coordinates, IDS[:1], random=49, same_row=True)
+
+
 def test_sensitivity():
     model, name = build("gpt2"), GPT2.format(1)
     found = sensitivity(model, Coordinates.of({name: [[1, 2]]}, model), IDS, eps=1e-3, random=2)
