@@ -2,10 +2,10 @@
 
     python -m benchmarks.models.quant_quality [--data FILE] [--windows 8] [--window 1024]
 
-Every linear layer of the blocks is packed and unpacked again, in place, and the model runs in
-float32: the numbers are those of the packed model without the time of it. Asymmetric integer codes,
-as in arXiv 2411.07191. The weights come from a 4-bit file (Q4_1), so that int4 quantizes what has
-been quantized before.
+Every linear layer of the blocks has the values of its packed weight, and the model runs in float32
+(``swkernels.quant.simulate``): the numbers are those of the packed model without the time of it.
+Asymmetric integer codes, as in arXiv 2411.07191. The weights come from a 4-bit file (Q4_1), so that
+int4 quantizes what has been quantized before.
 
 The clip of each cell is chosen on other windows of the text than those that it is measured on.
 
@@ -28,13 +28,12 @@ from rich.console import Console
 from benchmarks import machine, quality, records
 from benchmarks.models import smollm2
 from benchmarks.quality import LARGEST, PLAIN, PRESERVE, Cell, Key, Study, Table
-from swkernels import ops
 from swkernels.backends.plan import Clip
 from swkernels.detect.perplexity import perplexity, tokens_of
 from swkernels.errors import InvalidInput, SwkernelsError
 from swkernels.quant.config import QuantConfig
 from swkernels.quant.selection import select
-from swkernels.quant.super_weights import find_listed
+from swkernels.quant.simulate import simulated_weights
 
 RECORD = records.RESULTS / quality.FOLDER / "smollm2-135m.jsonl"
 DATA = "SWKERNELS_WIKITEXT2"  # the variable that names the text
@@ -68,13 +67,10 @@ def run(options: argparse.Namespace) -> None:
     model, tokenizer = _load()
     text = tokens_of(_text(options.data), tokenizer)
     tokens, others = (spread(text, options.windows, options.window, at) for at in (0, 1))
-    layers = select(model, QuantConfig())[0]
-    listed = find_listed(model, smollm2.SUPER_WEIGHTS)
-    weights = {layer.weight: layer.weight.detach().clone() for layer in layers}
-    elements = max(weight.numel() for weight in weights)
+    sizes = [layer.weight.numel() for layer in select(model, QuantConfig())[0]]
     study = Study(
         "SmolLM2-135M-Instruct (Q4_1)", "WikiText-2 test", options.window, options.windows,
-        len(weights), elements, tuple(options.z), KEPT,
+        len(sizes), max(sizes), tuple(options.z), KEPT,
     )  # fmt: skip
     table = quality.read(options.output) or Table(study)
     if table.study != study:
@@ -82,12 +78,12 @@ def run(options: argparse.Namespace) -> None:
 
     def measured(key: Key | None, clip: float | None, text: torch.Tensor):
         """The perplexity of a cell with a clip, and how many weights are kept."""
-        kept = 0
-        for parameter, weight in weights.items() if key else ():
-            outliers = listed.get((parameter, None))
-            parameter.data, count = unpacked(weight, key, clip, outliers)
-            kept += count
-        return perplexity(model, text, window=options.window), kept
+        if key is None:
+            return perplexity(model, text, window=options.window), 0
+        keeps = key[2] in (PRESERVE, LARGEST)
+        listed = smollm2.SUPER_WEIGHTS if keeps else None
+        with simulated_weights(model, config_of(key, clip), listed) as simulated:
+            return perplexity(model, text, window=options.window), simulated.kept
 
     wanted = [None, *product(quality.BITS, quality.BLOCKS, quality.METHODS)]
     missing = [key for key in wanted if key not in table.cells]
@@ -106,20 +102,16 @@ def run(options: argparse.Namespace) -> None:
         )  # fmt: skip
 
 
-def unpacked(weight, key: Key, clip: float | None, listed) -> tuple[torch.Tensor, int]:
-    """A weight packed and unpacked again, and how many elements are kept; ``listed`` as outliers
-    where the method keeps them."""
+def config_of(key: Key, clip: float | None) -> QuantConfig:
+    """How the weights of a cell are quantized."""
     bits, block, method = key
-    config = QuantConfig(
+    return QuantConfig(
         code=f"int{bits}",
         symmetric=False,
         block_size=block,
         clip=None if clip is None else Clip("zscore", clip),
         largest=KEPT if method == LARGEST else 0,
     )
-    listed = listed if method in (PRESERVE, LARGEST) else None
-    q = ops.block_quantize(weight, **config.arguments(), outliers=listed)
-    return ops.block_dequantize(q), len(q.positions)
 
 
 def spread(tokens: torch.Tensor, count: int, window: int, after: int = 0) -> torch.Tensor:

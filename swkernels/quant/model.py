@@ -80,7 +80,21 @@ def quantize(
 
 def check(layer: Layer, config: QuantConfig, listed: Listed) -> None:
     """Raise InvalidInput if a layer cannot be quantized, before anything is changed."""
-    name, weight, module = layer.name, layer.weight, layer.module
+    check_values(layer, config, listed)
+    module = layer.module
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if layer.kind != "experts" and any(getattr(module, kind) for kind in hooks):
+        raise InvalidInput(f"{layer.name} has hooks, which would be lost: take them off first")
+    if "forward" in module.__dict__:
+        raise InvalidInput(
+            f"the forward of {layer.owner} is replaced (a tracker's, or that of a model spread "
+            "over devices): take that off first, or load the model onto one device"
+        )
+
+
+def check_values(layer: Layer, config: QuantConfig, listed: Listed) -> None:
+    """Raise InvalidInput if the matrices of a layer cannot be packed."""
+    name, weight = layer.name, layer.weight
     if weight.is_meta:
         raise InvalidInput(f"{name} is on the meta device: load or materialize the model first")
     if hasattr(weight, "__tensor_flatten__"):
@@ -88,14 +102,6 @@ def check(layer: Layer, config: QuantConfig, listed: Listed) -> None:
             f"{name} is packed or sharded ({type(weight).__name__}): expected a plain weight"
         )
     check_source(name, weight)
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if layer.kind != "experts" and any(getattr(module, kind) for kind in hooks):
-        raise InvalidInput(f"{name} has hooks, which would be lost: take them off first")
-    if "forward" in module.__dict__:
-        raise InvalidInput(
-            f"the forward of {layer.owner} is replaced (a tracker's, or that of a model spread "
-            "over devices): take that off first, or load the model onto one device"
-        )
     for number, matrix in enumerate(layer.matrices()):
         expert = None if layer.experts is None else number
         kept = listed.get((weight, expert))
