@@ -8,6 +8,7 @@ from pathlib import Path
 from .lab import Lab
 from .runs.detect import detect
 from .runs.evaluate import evaluate
+from .runs.quantize import quantize
 from .runs.training import train
 
 Perform = Callable[[Lab, dict, Path], dict]
@@ -15,5 +16,6 @@ Perform = Callable[[Lab, dict, Path], dict]
 KINDS: dict[str, Perform] = {
     "detect": detect,
     "evaluate": evaluate,
+    "quantize": quantize,
     "train": train,
 }
