@@ -1,5 +1,9 @@
 """Read stretches of files at the speed of the disk: by several threads, hashed chunk by chunk.
 
+Hashed are the system's own pages of the file: copying them first takes longer than hashing them.
+Where these cannot be had, or not all of them be read, chunks are read into a buffer, which says
+what is wrong.
+
 A file that changes while it is read has no digest: its size, its time of change and what its name
 stands for are compared before and after.
 """
@@ -19,8 +23,10 @@ from typing import NamedTuple
 from swkernels.errors import InvalidInput
 
 from .digests import SIZES, chunk_count, hasher
+from .mapped import MappedFile
 
 MOST_THREADS = 8  # more do not read faster, and each has a buffer of a chunk
+RUN = 1 << 23  # bytes that a thread takes at once: with 1 MiB, asking for pages costs twice as much
 Progress = Callable[[str, int, int], None]  # (stage, done, total), in bytes
 
 
@@ -62,6 +68,8 @@ def digest_stretches(
 ) -> list[bytes]:
     """Return the digests of the chunks of each stretch, one after the other.
 
+    A file that is cut off just as its pages are hashed is SIGBUS, as with any file that is mapped.
+
     Args:
         stretches: those of one file beside each other.
         chunk: bytes of a chunk, counted from the start of the stretch.
@@ -75,6 +83,7 @@ def digest_stretches(
     stretches = list(stretches)
     total = sum(stretch.size for stretch in stretches)
     done = 0
+    run = chunk * max(1, RUN // chunk)
     buffers = _Buffers(chunk)
     digest = hasher(hash)
     found = [bytearray(chunk_count(s.size, chunk) * SIZES[hash]) for s in stretches]
@@ -82,24 +91,40 @@ def digest_stretches(
     with ThreadPoolExecutor(threads) as pool:
         for path, numbers in groupby(range(len(stretches)), lambda n: stretches[n].path):
             with opened(path) as handle:
+                mapped = MappedFile(handle, os.fstat(handle).st_size)
                 pieces = [
-                    (number, at, min(chunk, stretches[number].size - at))
+                    (number, at, min(run, stretches[number].size - at))
                     for number in numbers
-                    for at in range(0, stretches[number].size, chunk)
+                    for at in range(0, stretches[number].size, run)
                 ]
 
-                def hashed(piece, handle=handle, path=path):
+                def hashed(piece, handle=handle, path=path, mapped=mapped):
                     number, at, size = piece
-                    view = buffers.get()[:size]
-                    read_into(handle, view, stretches[number].start + at, path)
-                    return number, at, digest(view)
+                    here = Stretch(path, stretches[number].start + at, size)
+                    views = _chunks(here, chunk, handle, mapped, buffers)
+                    return piece, b"".join(map(digest, views))
 
-                for number, at, result in pool.map(hashed, pieces):
-                    place = at // chunk * len(result)
+                for (number, at, size), result in pool.map(hashed, pieces):
+                    place = at // chunk * SIZES[hash]
                     found[number][place : place + len(result)] = result
-                    done += min(chunk, stretches[number].size - at)
+                    done += size
                     progress(stage, done, total)
     return [bytes(digests) for digests in found]
+
+
+def _chunks(
+    run: Stretch, chunk: int, handle: int, mapped: MappedFile, buffers: _Buffers
+) -> Iterator[memoryview]:
+    """The chunks of a run, each to be used before the next is asked for."""
+    with mapped.run(run.start, run.size) as pages:
+        for at in range(0, run.size, chunk):
+            size = min(chunk, run.size - at)
+            if pages is not None:
+                yield pages[at : at + size]
+            else:
+                view = buffers.get()[:size]
+                read_into(handle, view, run.start + at, run.path)
+                yield view
 
 
 class _Buffers:

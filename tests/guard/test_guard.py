@@ -7,17 +7,20 @@ import hashlib
 import importlib
 import json
 import os
+import random
 import shutil
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 
 from swkernels.detect.report import ScanReport
 from swkernels.errors import InvalidInput
-from swkernels.guard import Manifest, create, digest_chunks, reading, repair, verify
+from swkernels.guard import Manifest, create, digest_chunks, mapped, reading, repair, verify
 from swkernels.guard.manifest import canonical
 from swkernels.guard.parse import parse
+from swkernels.guard.reading import Stretch, digest_stretches
 from swkernels.models.checkpoint import DTYPES, INDEX
 from swkernels.train import Coordinates
 from tests.detect import fake_report
@@ -36,6 +39,7 @@ from tests.guard.checkpoints import (
 
 KEY = b"sixteen bytes or more"
 WEIGHT = f"{NAME.format(1)}.weight"
+UNKNOWN_ADVICE = 9999  # what MADV_POPULATE_READ is to Linux before 5.14
 
 
 @pytest.fixture
@@ -209,13 +213,16 @@ def test_a_truncated_file_is_damage_and_no_checkpoint_cannot_be_checked(model, m
         verify(model, manifest)
 
 
+@pytest.mark.parametrize("mapping", [True, False])
 @pytest.mark.parametrize("how", ["touched", "cut", "gone"])
-def test_a_file_that_changes_while_it_is_read(model, manifest, monkeypatch, how):
+def test_a_file_that_changes_while_it_is_read(model, manifest, monkeypatch, how, mapping):
     file = model / "model.safetensors"
-    real, done = reading.read_into, []
+    real, done = reading._chunks, []
+    if not mapping:
+        monkeypatch.setattr(mapped, "_POPULATE_READ", UNKNOWN_ADVICE)
 
-    def meanwhile(handle, view, start, path):
-        if path == file and not done:
+    def meanwhile(run, *given):
+        if run.path == file and not done:
             done.append(True)
             if how == "touched":
                 os.utime(file, ns=(1, 1))
@@ -223,12 +230,65 @@ def test_a_file_that_changes_while_it_is_read(model, manifest, monkeypatch, how)
                 os.truncate(file, 100)
             else:
                 file.unlink()
-        real(handle, view, start, path)
+        return real(run, *given)
 
-    monkeypatch.setattr(reading, "read_into", meanwhile)
+    monkeypatch.setattr(reading, "_chunks", meanwhile)
     words = {"touched": "changed while", "cut": "was cut", "gone": "disappeared"}
     with pytest.raises(InvalidInput, match=words[how]):
         verify(model, manifest, threads=1)
+
+
+@pytest.mark.parametrize("hash", ["xxh3_128", "sha256"])
+@pytest.mark.parametrize("mapping", [True, False])
+def test_digests_are_those_of_the_bytes(tmp_path, monkeypatch, mapping, hash):
+    """Wherever a stretch begins and ends, in pages of the system or in a buffer."""
+    monkeypatch.setattr(reading, "RUN", 8192)
+    if not mapping:
+        monkeypatch.setattr(mapped, "_POPULATE_READ", UNKNOWN_ADVICE)
+    data = random.Random(3).randbytes(50_001)
+    (tmp_path / "a").write_bytes(data)
+    (tmp_path / "b").write_bytes(data[:1])
+    (tmp_path / "empty").write_bytes(b"")
+    places = [("a", 0, 50_001), ("a", 4095, 2), ("a", 1, 40_000), ("a", 9, 0), ("b", 0, 1)]
+    stretches = [Stretch(tmp_path / file, at, size) for file, at, size in places]
+    stretches.append(Stretch(tmp_path / "empty", 0, 0))
+    digest = getattr(xxhash, f"{hash}_digest", lambda b: hashlib.sha256(b).digest())
+    for chunk in (64, 192, 4096, 12_288, 1 << 20):
+        seen = []
+        found = digest_stretches(
+            stretches,
+            chunk=chunk,
+            hash=hash,
+            threads=2,
+            progress=lambda *p, seen=seen: seen.append(p),
+        )
+        for (_, at, size), digests in zip(places, found):
+            bytes_ = data[at : at + size]
+            chunks = [bytes_[c : c + chunk] for c in range(0, size, chunk)]
+            assert digests == b"".join(map(digest, chunks))
+        assert found[-1] == b""
+        assert seen[-1][1:] == (sum(size for *_, size in places),) * 2
+
+
+def test_pages_are_looked_at_where_they_are_and_let_go(tmp_path, monkeypatch):
+    """No byte is copied, and memory does not grow with the file."""
+    size = 64 << 20
+    (tmp_path / "file").write_bytes(bytes(size))
+    monkeypatch.setattr(reading, "read_into", None)
+
+    def held() -> int:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) << 10 for line in status if "RssFile" in line)
+
+    before, most = held(), []
+    digest_stretches(
+        [Stretch(tmp_path / "file", 0, size)],
+        chunk=1 << 20,
+        hash="xxh3_128",
+        threads=2,
+        progress=lambda *_: most.append(held()),
+    )
+    assert max(most) - before < size // 2
 
 
 def test_a_file_that_is_replaced_after_its_header_was_read(model, manifest, monkeypatch):
