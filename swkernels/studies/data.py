@@ -92,6 +92,8 @@ class Data:
         rows = dataset_rows(name, split, "a folder with it (--data)")
         if not all(isinstance(row.get("text"), str) for row in rows):
             raise InvalidInput(f"the data set {source} has no column of strings named text")
+        if not any(row["text"].strip() for row in rows):
+            raise InvalidInput(f"the data set {source} holds no text")
         return "".join(row["text"] or " \n" for row in rows)  # blank lines are empty there
 
     def task(self, part: str, limit: int | None = None) -> Task:
@@ -123,9 +125,10 @@ class Data:
         names, dataset = PARTS[part]
         if self.folder is None:
             return dataset
-        for name in names:
-            if (self.folder / name).is_file():
-                return self.folder / name
+        found = [self.folder / name for name in names if (self.folder / name).is_file()]
+        if found:
+            trained_on = self._source(LESS[part]) if part in LESS else None
+            return next((path for path in found if path != trained_on), found[0])
         raise InvalidInput(
             f"{self.folder} has no {names[0]} (nor {', '.join(names[1:])}): put it there, or "
             f"leave out --data to take {dataset} of Hugging Face"
