@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from swkernels.errors import InvalidInput
@@ -26,6 +27,7 @@ class Budget:
         counts: k, how many weights are trained; the neighborhoods take the first three.
         ranked: as many of the largest count as super weights: random controls avoid them, and
             masks lie on them.
+        delta_top: as many of the largest updates of a LoRA are frozen in the next.
         seeds: of studies over seeds.
         prompts, inputs: texts for amplification, and for curvature and perturbation.
         top: super weights by magnitude that analyses look at, after those that were detected.
@@ -47,6 +49,7 @@ class Budget:
     point_tokens: int
     counts: tuple[int, ...]
     ranked: int
+    delta_top: int
     seeds: tuple[int, ...]
     prompts: int
     inputs: int
@@ -61,14 +64,15 @@ RANKED = 10_000
 SMALL = Budget(
     "small", samples=200, length=128, tokens=4096, window=1024, questions=200,
     train_questions=256, sweep_questions=128, epochs=3, held_out=48, points=3, point_tokens=2048,
-    counts=COUNTS, ranked=RANKED, seeds=(42, 43, 44, 45, 46), prompts=50, inputs=10, top=6,
-    trials=200, blocks=(64, 256, 1024, 4096, 16384, 65536),
+    counts=COUNTS, ranked=RANKED, delta_top=1000, seeds=(42, 43, 44, 45, 46), prompts=50,
+    inputs=10, top=6, trials=200, blocks=(64, 256, 1024, 4096, 16384, 65536),
 )  # fmt: skip
 FULL = Budget(
     "full", samples=1000, length=128, tokens=None, window=2048, questions=None,
     train_questions=None, sweep_questions=None, epochs=3, held_out=500, points=10,
-    point_tokens=16384, counts=COUNTS, ranked=RANKED, seeds=tuple(range(42, 52)), prompts=100,
-    inputs=50, top=24, trials=1000, blocks=(64, 256, 1024, 4096, 16384, 65536, 262144, 1048576),
+    point_tokens=16384, counts=COUNTS, ranked=RANKED, delta_top=1000, seeds=tuple(range(42, 52)),
+    prompts=100, inputs=50, top=24, trials=1000,
+    blocks=(64, 256, 1024, 4096, 16384, 65536, 262144, 1048576),
 )  # fmt: skip
 BUDGETS = {budget.name: budget for budget in (SMALL, FULL)}
 
@@ -80,19 +84,23 @@ def budget_named(name: str) -> Budget:
     return BUDGETS[name]
 
 
+_SEEDS = re.compile(r"(\d{1,10})(?:-(\d{1,10}))?", re.ASCII)
+_MOST_SEEDS = 1000
+
+
 def parse_seeds(text: str) -> tuple[int, ...]:
     """Seeds from "42-51", "42,44" or both.
 
     Raises:
-        InvalidInput: no seeds, or one twice.
+        InvalidInput: no seeds, one twice, or too many.
     """
     found: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+        match = _SEEDS.fullmatch(part.strip())
+        if match is None:
             raise InvalidInput(f"expected seeds such as 42-51 or 42,43, got {text!r:.100}")
-        low, high = int(first), int(last or first)
-        if not low <= high < 2**31 or high - low >= 1000:
+        low, high = int(match[1]), int(match[2] or match[1])
+        if not low <= high < 2**31 or len(found) + high - low >= _MOST_SEEDS:
             raise InvalidInput(
                 f"expected seeds from a smaller to a larger one, below 2^31 and at most 1,000 of "
                 f"them, got {text!r:.100}"
