@@ -1,7 +1,8 @@
 """The cases of ``guard_verify``: a checkpoint's files against their manifest, and just reading.
 
-Reading is a copy of every byte into a buffer of a chunk by as many threads, and no hash. In the case of a cold file
-each call first asks the system to forget the file's pages; on a file system in memory it cannot.
+Reading is a copy of every byte into a buffer of a chunk, by as many threads, and no hash. In the
+case of a cold file each call first asks the system to forget the file's pages; on a file system in
+memory it cannot.
 """
 
 from __future__ import annotations
