@@ -6,16 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .lab import Lab
+from .runs.consistency import consistency
 from .runs.detect import detect
+from .runs.edit import edit
 from .runs.evaluate import evaluate
 from .runs.quantize import quantize
+from .runs.rank import rank
+from .runs.restore import restore
 from .runs.training import train
 
 Perform = Callable[[Lab, dict, Path], dict]
 
 KINDS: dict[str, Perform] = {
+    "consistency": consistency,
     "detect": detect,
+    "edit": edit,
     "evaluate": evaluate,
     "quantize": quantize,
+    "rank": rank,
+    "restore": restore,
     "train": train,
 }
