@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .lab import Lab
+from .runs.analyze import amplify, bend
 from .runs.consistency import consistency
 from .runs.detect import detect
 from .runs.edit import edit
@@ -13,11 +14,14 @@ from .runs.evaluate import evaluate
 from .runs.quantize import quantize
 from .runs.rank import rank
 from .runs.restore import restore
+from .runs.subspace import subspace
 from .runs.training import train
 
 Perform = Callable[[Lab, dict, Path], dict]
 
 KINDS: dict[str, Perform] = {
+    "amplify": amplify,
+    "bend": bend,
     "consistency": consistency,
     "detect": detect,
     "edit": edit,
@@ -25,5 +29,6 @@ KINDS: dict[str, Perform] = {
     "quantize": quantize,
     "rank": rank,
     "restore": restore,
+    "subspace": subspace,
     "train": train,
 }

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 from ..recipe import Recipe
+from .amplification import AMPLIFICATION
+from .consistency import CONSISTENCY
+from .curvature import CURVATURE
 from .direct import DIRECT
+from .lora import LORA
+from .lora_delta_freeze import LORA_DELTA_FREEZE
+from .lora_down import LORA_DOWN
+from .lora_mask import LORA_MASK
 from .neighborhood import NEIGHBORHOOD
+from .perturbation import PERTURBATION
+from .pruning import PRUNING
+from .quantization import QUANTIZATION
 from .random_control import RANDOM_CONTROL
+from .restore import RESTORE
+from .scaling import SCALING
+from .seeds import SEEDS
+from .stop_words import STOP_WORDS
+from .subspace import SUBSPACE
 
-_ALL = (DIRECT, NEIGHBORHOOD, RANDOM_CONTROL)
+_ALL = (
+    CONSISTENCY, PRUNING, DIRECT, NEIGHBORHOOD, RANDOM_CONTROL, LORA, LORA_DOWN, LORA_MASK,
+    LORA_DELTA_FREEZE, SEEDS, AMPLIFICATION, CURVATURE, PERTURBATION, SUBSPACE,
+    QUANTIZATION, SCALING, RESTORE, STOP_WORDS,
+)  # fmt: skip
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
