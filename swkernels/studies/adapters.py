@@ -4,7 +4,7 @@
 
     {"kind": "sparse", "at": "super weights", "k": k, "radius": 0}
     {"kind": "sparse", "at": "random", "k": k, "avoid": how many of the largest}
-    {"kind": "lora", "targets": "attention" | "down_proj", ...}
+    {"kind": "lora", "targets": "attention" | "down_proj", ...}: see ``adapters_lora``
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from swkernels.errors import InvalidInput
 from swkernels.train import Coordinates, sparse, weight_change
 from swkernels.train.loop import Trainable
 
@@ -56,4 +57,27 @@ def positions(lab: Lab, adapter: dict, seed: int) -> Coordinates:
     return chosen.neighborhood(adapter["radius"]) if adapter["radius"] else chosen
 
 
-_KINDS = {"sparse": _sparse}
+def _lora(lab: Lab, model: nn.Module, adapter: dict, seed: int) -> Adapted:
+    from .adapters_lora import lora  # needs PEFT
+
+    return lora(lab, model, adapter, seed)
+
+
+def check_attention(model: nn.Module) -> None:
+    """Say before anything is trained what LoRA cannot be studied without.
+
+    Raises:
+        InvalidInput: PEFT is not installed, or the model has no attention projections.
+    """
+    try:
+        from swkernels.integrations import peft  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InvalidInput(
+            "studies of LoRA need PEFT: pip install 'swkernels[peft]', or leave them out"
+        ) from error
+    from .adapters_lora import targets
+
+    targets(model, "attention")
+
+
+_KINDS = {"sparse": _sparse, "lora": _lora}

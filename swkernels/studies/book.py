@@ -60,9 +60,9 @@ class Book:
     def __contains__(self, run: Run) -> bool:
         return run.key in self._records
 
-    def figures(self, run: Run) -> dict:
-        """What a run found; KeyError where it has not been done."""
-        return self._records[run.key]["figures"]
+    def figures(self, run: Run | str) -> dict:
+        """What a run, or that of a key, found; KeyError where it has not been done."""
+        return self._records[run if isinstance(run, str) else run.key]["figures"]
 
     def record(self, run: Run) -> dict:
         """Its whole line."""

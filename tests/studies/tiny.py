@@ -19,8 +19,8 @@ SHAPES = {(f"model.layers.{layer}.mlp.down_proj", None): (32, 48) for layer in r
 TINY: Budget = replace(
     SMALL, name="tiny", samples=4, length=16, tokens=128, window=32, questions=6,
     train_questions=8, sweep_questions=8, epochs=2, held_out=3, points=2, point_tokens=64,
-    counts=(4, 8, 16, 32), ranked=64, seeds=(42, 43, 44), prompts=3, inputs=2, top=2, trials=20,
-    blocks=(16, 64, 256),
+    counts=(4, 8, 16, 32), ranked=64, delta_top=6, seeds=(42, 43, 44), prompts=3, inputs=2,
+    top=2, trials=20, blocks=(16, 64, 256),
 )  # fmt: skip
 PLANTED = Coordinates.of({"model.layers.1.mlp.down_proj": [(5, 7)]}, SHAPES)
 PLAN = Plan(TINY, TINY.seeds)
