@@ -11,16 +11,11 @@ from .lora import LORA
 from .lora_delta_freeze import LORA_DELTA_FREEZE
 from .lora_down import LORA_DOWN
 from .lora_mask import LORA_MASK
-from .lora import LORA
-from .lora_delta_freeze import LORA_DELTA_FREEZE
-from .lora_down import LORA_DOWN
-from .lora_mask import LORA_MASK
 from .neighborhood import NEIGHBORHOOD
 from .perturbation import PERTURBATION
 from .pruning import PRUNING
 from .quantization import QUANTIZATION
 from .random_control import RANDOM_CONTROL
-from .seeds import SEEDS
 from .restore import RESTORE
 from .scaling import SCALING
 from .seeds import SEEDS
