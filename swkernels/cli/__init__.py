@@ -24,6 +24,7 @@ from .cut_off import mapped_files_may_shrink
 from .doctor import doctor
 from .evaluate import evaluate
 from .guard import guard
+from .output import Interrupted
 from .quantize import quantize
 from .rank import rank
 from .scale import scale
@@ -107,6 +108,9 @@ def main(
             code = app(arguments, prog_name="swkernels", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except Interrupted as error:
+        print(f"swkernels: interrupted: {error}", file=sys.stderr)
+        return INTERRUPTED
     except _ClickException as error:
         return _fail(error.format_message())
     except SwkernelsError as error:

@@ -11,6 +11,10 @@ from pathlib import Path
 _LOG_WIDTH = 120  # columns of a table in a file or a pipe, where there is no terminal to ask
 
 
+class Interrupted(Exception):
+    """Ctrl-C, where there is something to say about it: what is kept."""
+
+
 def make_console(quiet: bool = False):
     """Return the console on standard output; a quiet one prints nothing."""
     from rich.console import Console

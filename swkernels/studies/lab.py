@@ -22,6 +22,10 @@ from .run import Run
 DETECT = Run("detect", {"samples": 4, "length": 512})
 
 
+class NotInModel(InvalidInput):
+    """The model has not what a run is about; other runs can be made."""
+
+
 @dataclass
 class Lab:
     """Where runs are performed.
@@ -57,13 +61,13 @@ class Lab:
         """Those that were given, or detected in this model.
 
         Raises:
-            InvalidInput: there are none.
+            NotInModel: there are none.
         """
         if self.given is not None:
             return self.given
         listed = self.figures(DETECT)["super_weights"]
         if not listed:
-            raise InvalidInput(
+            raise NotInModel(
                 "no super weight was found in this model: name some with --super-weights"
             )
         weights: dict = {}
@@ -79,7 +83,7 @@ class Lab:
         """
         chosen = self.super_weights
         if len(chosen) >= k:
-            raise InvalidInput(f"there are {len(chosen)} super weights, expected fewer than {k}")
+            raise NotInModel(f"there are {len(chosen)} super weights, expected fewer than {k}")
         count = k
         while True:
             found = chosen | Coordinates.from_magnitude(self.model, count)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from swkernels.files import write_atomically
 from swkernels.train.figure import render
 
-from .book import Book
+from .book import RUNS, Book
+from .data import NAMES
 from .recipe import Figure, Found, Plan, Recipe, Section, Table, Verdict
 from .run import in_order
+from .words import duration
 
 PAGE = "README.md"
 FIGURES = "figures"
@@ -19,21 +21,21 @@ SHARED = ("detect", "evaluate")  # kinds of runs
 _HOLDS = {True: "holds", False: "does not hold", None: "cannot be decided"}
 
 
-def write_page(folder: Path, recipes: Sequence[Recipe], book: Book, plan: Plan, head: str) -> Path:
+def write_page(folder: Path, recipes: Sequence[Recipe], book: Book, plan: Plan) -> Path:
     """Write the page and its figures; what has no run yet is left out.
 
     Args:
         folder: of the studies.
         recipes: in the order of the page.
         book: the runs.
-        plan: what was asked for.
-        head: about the model, the data and the machine.
+        plan: which of them are shown.
     """
     found = Found(book, plan)
     begun = [recipe for recipe in recipes if _is_begun(recipe, book, plan)]
     said = [(recipe, recipe.section(found)) for recipe in begun]
     sections = [(recipe, section) for recipe, section in said if section is not None]
-    parts = ["# Studies", head, *_overview(sections)]
+    parts = ["# Studies", *_head(recipes, book, plan)]
+    parts += _overview(sections, book, plan)
     for recipe, section in sections:
         parts += _section(folder, recipe, section, book, plan)
     path = folder / PAGE
@@ -49,26 +51,69 @@ def _is_begun(recipe: Recipe, book: Book, plan: Plan) -> bool:
     )
 
 
-def _overview(sections: Sequence[tuple[Recipe, Section]]) -> list[str]:
-    rows = [
-        [f"[{recipe.name}](#{recipe.name})", verdict.claim, f"**{_HOLDS[verdict.holds]}**"]
-        for recipe, section in sections
-        for verdict in section.verdicts
+def _head(recipes: Sequence[Recipe], book: Book, plan: Plan) -> list[str]:
+    """What the figures are of, as the records of the plan's runs have it."""
+    runs = in_order(run for recipe in recipes for run in recipe.runs(plan))
+    shown = [book.record(run) for run in runs if run in book]
+    others = [record for record in book if record not in shown]
+    models = _each(Path(record["model"]).name for record in shown)
+    dtypes = _each(record["identity"]["dtype"] for record in shown)
+    places = _each(f"{r['device']} with {r['threads']} threads" for r in shown)
+    versions = _each(
+        f"{name} {version}"
+        for record in shown
+        for name, version in record["versions"].items()
+        if version is not None
+    )
+    weights = _each(record["identity"]["super weights"] for record in shown)
+    about = (
+        f"**{models}** in {dtypes}, on {places}. Budget `{plan.budget.name}`, seeds "
+        f"{_each(plan.seeds)}; training on {NAMES[f'{plan.task}/test']}. Super weights: {weights}. "
+        f"{len(shown)} runs, {duration(sum(record['seconds'] for record in shown))} in all, with "
+        f"{versions}. Made by `swkernels study`; every figure comes from [{RUNS}]({RUNS})."
+    )
+    if not others:
+        return [about]
+    budgets = _each(f"`{record['budget']}`" for record in others)
+    return [
+        about,
+        f"The file holds {len(others)} more runs, of other plans (budget {budgets}): "
+        "`swkernels study page` with `--budget`, `--seeds` or `--task` shows those.",
     ]
+
+
+def _each(values: Iterable[object]) -> str:
+    """Each value once."""
+    return ", ".join(dict.fromkeys(map(str, values)))
+
+
+def _overview(sections: Sequence[tuple[Recipe, Section]], book: Book, plan: Plan) -> list[str]:
+    """Every claim and what became of it; studies that say nothing yet, with how far they are."""
+    rows = []
+    for recipe, section in sections:
+        link = f"[{recipe.name}](#{recipe.name})"
+        rows += [[link, v.claim, f"**{_HOLDS[v.holds]}**"] for v in section.verdicts]
+        done, total = _progress(recipe, book, plan)
+        if done < total or not section.verdicts:
+            rows.append([link, recipe.title, f"{done} of {total} runs"])
     if not rows:
         return []
     return ["## Does the published pattern hold here?", markdown(["study", "claim", "here"], rows)]
 
 
-def _section(folder: Path, recipe: Recipe, section: Section, book: Book, plan: Plan) -> list[str]:
+def _progress(recipe: Recipe, book: Book, plan: Plan) -> tuple[int, int]:
+    """How many of its runs are done, and how many there are."""
     runs = in_order(recipe.runs(plan))
-    done = [run for run in runs if run in book]
-    seconds = sum(book.record(run)["seconds"] for run in done)
+    return sum(run in book for run in runs), len(runs)
+
+
+def _section(folder: Path, recipe: Recipe, section: Section, book: Book, plan: Plan) -> list[str]:
+    done, total = _progress(recipe, book, plan)
+    seconds = sum(book.record(r)["seconds"] for r in in_order(recipe.runs(plan)) if r in book)
     parts = [
         f"## {recipe.name}",
         f"**{recipe.title}** ({recipe.published}). {recipe.shows}",
-        f"{section.settings} {len(done)} of {len(runs)} runs are done; they took "
-        f"{seconds / 60:.1f} minutes in all.",
+        f"{section.settings} {done} of {total} runs are done; they took {duration(seconds)}.",
     ]
     for part in section.parts:
         parts += _figure(folder, part) if isinstance(part, Figure) else _table(part)
@@ -97,7 +142,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table: numbers stand right, empty cells for None."""
     right = [any(isinstance(row[n], (int, float)) for row in rows) for n in range(len(columns))]
     lines = [
-        "| " + " | ".join(columns) + " |",
+        "| " + " | ".join(map(cell, columns)) + " |",
         "|" + "|".join("---:" if number else "---" for number in right) + "|",
     ]
     lines += ["| " + " | ".join(map(cell, row)) + " |" for row in rows]

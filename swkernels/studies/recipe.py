@@ -122,6 +122,7 @@ class Recipe:
         runs: the runs of a plan; what they need comes by itself.
         section: what the page says, of the runs that are done; None where that is nothing yet.
         needs_lora: it adapts attention projections, with the library peft.
+        least_seeds: so many seeds it compares at least.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Recipe:
     runs: Callable[[Plan], Sequence[Run]]
     section: Callable[[Found], Section | None]
     needs_lora: bool = False
+    least_seeds: int = 1
 
     def parts(self, plan: Plan) -> list[str]:
         """The parts of the data that it needs for a plan."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,18 +20,21 @@ from swkernels.evidence.results import Progress, silent
 from swkernels.models import find_down_projections
 from swkernels.train import Coordinates
 
-from .book import Book
+from .book import RUNS, Book
+from .budget import budget_named
 from .data import Data
 from .kinds import KINDS
-from .lab import Lab
+from .lab import Lab, NotInModel
+from .lock import locked
 from .page import write_page
 from .recipe import Plan, Recipe
 from .recipes import RECIPES
 from .run import Run, in_order
+from .words import describe, seconds_left
 
-RUNS = "runs.jsonl"
 WORK = "work"
 ALL = "all"
+TASKS = ("arc", "winogrande")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,36 @@ class Model:
 
     name: str
     load: Callable[[], tuple[nn.Module, object, str | None]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The run that begins.
+
+    Attributes:
+        number, total: it is this one, from 1, of those that are missing.
+        study: the first that needs it.
+        text: what it is, in words.
+        seconds_left: an estimate for all that are missing, or None.
+    """
+
+    number: int
+    total: int
+    study: str
+    text: str
+    seconds_left: float | None
+
+
+def make_plan(budget: str = "small", seeds: Sequence[int] | None = None, task: str = "arc") -> Plan:
+    """A plan from names; None takes the seeds of the budget.
+
+    Raises:
+        InvalidInput: a budget or a task that is none.
+    """
+    if task not in TASKS:
+        raise InvalidInput(f"expected a task of {', '.join(TASKS)}, got {task!r:.100}")
+    size = budget_named(budget)
+    return Plan(size, size.seeds if seeds is None else tuple(seeds), task)
 
 
 def chosen(names: Sequence[str]) -> list[Recipe]:
@@ -69,7 +103,7 @@ def study(
     data: Data | None = None,
     super_weights: Coordinates | None = None,
     progress: Progress = silent,
-    on_run: Callable[[Run, int, int], None] = lambda run, number, total: None,
+    on_run: Callable[[Step], None] = lambda step: None,
 ) -> Path:
     """Run studies and return the path of their page.
 
@@ -80,53 +114,147 @@ def study(
         names: of studies, or "all".
         model: what is studied.
         output: a folder for ``runs.jsonl``, the page and its figures; made where it is not there.
+            One process at a time works in it.
         plan: how much, which seeds.
         data: None takes the Hugging Face data sets.
         super_weights: None lets a scan find them.
         progress: called with (stage, done, total) within a run.
-        on_run: called before each run with its number, from 1, and how many are missing.
+        on_run: called before each run.
 
     Raises:
-        InvalidInput: a study, data or a model that cannot be used, before anything is trained; or
-            a folder with runs of another model or other data.
+        InvalidInput: a study, data or a model that cannot be used, before anything is trained; a
+            folder with runs of another model or other data, or one that another process works in;
+            or, when everything else is done, runs for which the model has no super weights.
     """
     recipes = chosen(names)
+    check_seeds(recipes, plan)
     data = data or Data()
     parts = list(dict.fromkeys(part for recipe in recipes for part in recipe.parts(plan)))
     data.check(parts)
-    progress("loading the model", 0, 1)
-    loaded, tokenizer, fingerprint = model.load()
-    progress("loading the model", 1, 1)
-    _check_model(loaded, recipes)
-    identity = {
-        "model": fingerprint or model.name,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "super weights": "detected" if super_weights is None else _digest(super_weights),
-    }
-    digests = {part: data.digest(part) for part in parts}
-    book = Book(output / RUNS, identity | digests)
-    work = output / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    lab = Lab(
-        lambda: model.load()[0], data, book, work, loaded, tokenizer, super_weights, progress,
-        model.name,
-    )  # fmt: skip
-    about = {
-        "model": model.name,
-        "identity": identity | digests,
-        "device": str(next(loaded.parameters()).device),
-        "threads": torch.get_num_threads(),
-        "versions": versions("torch", "transformers", "peft"),
-    }
-    missing = [
-        run
-        for run in in_order(r for recipe in recipes for r in recipe.runs(plan))
-        if run not in book
+    with _at_work(output) as work:
+        progress("loading the model", 0, 1)
+        loaded, tokenizer, fingerprint = model.load()
+        progress("loading the model", 1, 1)
+        _check_model(loaded, recipes)
+        identity = {
+            "model": fingerprint or model.name,
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "super weights": "detected" if super_weights is None else _digest(super_weights),
+        }
+        identity |= {part: data.digest(part) for part in parts}
+        book = Book(output / RUNS, identity)
+        lab = Lab(
+            lambda: model.load()[0], data, book, work, loaded, tokenizer, super_weights, progress,
+            model.name,
+        )  # fmt: skip
+        about = {
+            "model": model.name,
+            "identity": identity,
+            "device": str(next(loaded.parameters()).device),
+            "threads": torch.get_num_threads(),
+            "versions": versions("torch", "transformers", "peft"),
+            "budget": plan.budget.name,
+            "seeds": list(plan.seeds),
+            "task": plan.task,
+        }
+        failed = _perform_all(lab, recipes, plan, about, on_run)
+        path = write_page(output, list(RECIPES.values()), book, plan)
+    if failed:
+        raise InvalidInput(
+            f"{len(failed)} runs could not be made ({next(iter(failed.values()))}); what the "
+            f"others found is in {path}"
+        )
+    return path
+
+
+def page_again(
+    output: Path,
+    budget: str | None = None,
+    seeds: Sequence[int] | None = None,
+    task: str | None = None,
+) -> Path:
+    """Write the page of a folder from its runs alone, also while a study works in it.
+
+    Args:
+        output: a folder of ``study``.
+        budget, task: of the runs that it shows; those of the last run where they are None.
+        seeds: None takes those that these runs were made with.
+
+    Raises:
+        InvalidInput: there are no such runs, or the file of them is damaged.
+    """
+    book = Book(output / RUNS)
+    made = [
+        record
+        for record in book
+        if budget in (None, record["budget"]) and task in (None, record.get("task", TASKS[0]))
     ]
+    if not made:
+        raise InvalidInput(
+            f"{output / RUNS} holds no such runs: give the folder, the budget and the task of a "
+            "study"
+        )
+    last = made[-1]
+    plan = make_plan(last["budget"], seeds or last.get("seeds"), last.get("task", TASKS[0]))
+    return write_page(output, list(RECIPES.values()), book, plan)
+
+
+def check_seeds(recipes: Sequence[Recipe], plan: Plan) -> None:
+    """Refuse a plan with fewer seeds than a study compares.
+
+    Raises:
+        InvalidInput: so it is.
+    """
+    for recipe in recipes:
+        if len(plan.seeds) < recipe.least_seeds:
+            raise InvalidInput(
+                f"{recipe.name} needs {recipe.least_seeds} seeds at least, got "
+                f"{len(plan.seeds)}: give more with --seeds"
+            )
+
+
+@contextmanager
+def _at_work(output: Path) -> Iterator[Path]:
+    """A folder below ``output`` for what is interrupted; this process alone works there."""
+    work = output / WORK
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot make {output}: {error.strerror or error}; give another folder with -o"
+        ) from error
+    with locked(output):
+        work.mkdir(exist_ok=True)
+        try:
+            yield work
+        finally:
+            with suppress(OSError):  # something waits there to be gone on with
+                work.rmdir()
+
+
+def _perform_all(
+    lab: Lab, recipes: Sequence[Recipe], plan: Plan, about: dict, on_run: Callable[[Step], None]
+) -> dict[Run, NotInModel]:
+    """Perform what is missing; return the runs that this model has no super weights for."""
+    studies: dict[Run, tuple[str, str]] = {}  # the first study that needs it, and what it is there
+    for recipe in recipes:
+        runs = in_order(recipe.runs(plan))
+        for run in runs:
+            studies.setdefault(run, (recipe.name, describe(run, runs)))
+    missing = [run for run in studies if run not in lab.book]
+    failed: dict[Run, NotInModel] = {}
     for number, run in enumerate(missing, 1):
-        on_run(run, number, len(missing))
-        _perform(lab, run, about | {"budget": plan.budget.name})
-    return write_page(output, list(RECIPES.values()), book, plan, _head(about, plan))
+        reason = next((failed[needed] for needed in run.needs if needed in failed), None)
+        if reason is None:
+            left = seconds_left(missing[number - 1 :], lab.book)
+            on_run(Step(number, len(missing), *studies[run], left))
+            try:
+                _perform(lab, run, about)
+            except NotInModel as error:
+                reason = error
+        if reason is not None:
+            failed[run] = reason
+    return failed
 
 
 def _perform(lab: Lab, run: Run, about: dict) -> None:
@@ -148,18 +276,13 @@ def _digest(coordinates: Coordinates) -> str:
 
 
 def _check_model(model: nn.Module, recipes: Sequence[Recipe]) -> None:
+    if model.config.is_encoder_decoder:
+        raise InvalidInput(
+            f"{type(model).__name__} is an encoder and a decoder: the studies are of models that "
+            "go on with a text"
+        )
     find_down_projections(model)
     if any(recipe.needs_lora for recipe in recipes):
         from .adapters import check_attention
 
         check_attention(model)
-
-
-def _head(about: dict, plan: Plan) -> str:
-    kinds = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return (
-        f"{about['model']}, {about['identity']['dtype']}, on {about['device']} with "
-        f"{about['threads']} threads; budget `{plan.budget.name}`, seeds "
-        f"{', '.join(map(str, plan.seeds))}. {kinds}. Made by `swkernels study`; every figure is "
-        f"in `{RUNS}`."
-    )
