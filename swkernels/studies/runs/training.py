@@ -55,9 +55,10 @@ def train(lab: Lab, config: dict, path: Path) -> dict:
             )  # fmt: skip
         except TrainingDiverged as error:
             losses, diverged = error.losses, len(error.losses) + 1
-        if not curve.has(point):
+        reached = min(point, len(losses))  # fewer where it diverged, more where it goes on
+        if not curve.has(reached):
             curve.add(
-                step=point,
+                step=reached,
                 held_out=mean_loss(model, held_out, batch),
                 perplexity=along.read(model, strict=False).perplexity.value,
             )
