@@ -6,9 +6,10 @@ layers pass through int8. Afterwards the model holds the very tensors that it he
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -63,32 +64,46 @@ def simulated_weights(
     listed = find_listed(model, super_weights)
     for layer in layers:
         check_values(layer, config, listed)
-    saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     sizes, kept = [], 0
-    try:
+    with _undoing() as undo:
         for layer in layers:
             weight, originals = layer.weight, list(layer.matrices())
             values, count = _unpacked(layer, originals, config, listed, backend)
-            saved.append((weight, weight.data))
+            undo.append(partial(_hold, weight, weight.data))
             weight.data = torch.empty_like(weight.data)
             for matrix, value in zip(layer.matrices(), values, strict=True):  # views of the new
                 matrix.copy_(value)
             sizes += [matrix.numel() for matrix in originals]
             kept += count
         yield Simulated(len(sizes), max(sizes), kept)
+
+
+@contextmanager
+def _undoing() -> Iterator[list[Callable[[], None]]]:
+    """A context that gives a list and calls what is in it, last first, whatever ends the block.
+
+    An entry stands in the list before what it undoes is done, and may be called twice.
+    """
+    undo: list[Callable[[], None]] = []
+    try:
+        yield undo
     finally:
-        # A Ctrl-C meanwhile waits until all are back, as in ``detect.evaluate.scaled``.
+        # A Ctrl-C meanwhile waits until all is undone. Python looks for one where a function
+        # begins and where a loop goes round, so both must happen inside the try.
         interrupted = None
-        while saved:
+        while undo:
             try:
-                while saved:
-                    weight, data = saved[-1]
-                    weight.data = data
-                    saved.pop()
+                while undo:
+                    undo[-1]()
+                    undo.pop()
             except KeyboardInterrupt as error:
                 interrupted = error
         if interrupted is not None:
             raise interrupted
+
+
+def _hold(weight: torch.Tensor, data: torch.Tensor) -> None:
+    weight.data = data
 
 
 def _unpacked(
@@ -129,8 +144,8 @@ def simulated_activations(
         backend: of ``quantize_activation``.
 
     Raises:
-        InvalidInput: fused experts, a name that is no layer's, or another ``per``; and, in the
-            block, what ``quantize_activation`` refuses, infinities for instance.
+        InvalidInput: fused experts, a layer or a channel that is not there, another ``per``; and,
+            in the block, what ``quantize_activation`` refuses, infinities for instance.
     """
     quantize_activation(torch.zeros(1, 1), per=per)  # which says now what it would say later
     layers = select(model, QuantConfig())[0]
@@ -140,20 +155,32 @@ def simulated_activations(
             f"{fused[0]} holds fused experts, whose inputs cannot be reached: expected a model "
             "whose linear layers are modules"
         )
-    names = [layer.name for layer in layers]
-    channels = dict(super_channels or {})
-    for name in channels:
-        if name not in names:
-            raise InvalidInput(f"{name} is no linear layer of the model{nearest(name, names)}")
-    handles = []
-    try:
+    channels = {} if super_channels is None else super_channels
+    _check_channels(channels, {layer.name: next(layer.matrices()).shape[1] for layer in layers})
+    with _undoing() as undo:
         for layer in layers:
             hook = _ThroughInt8(per, tuple(channels.get(layer.name, ())), backend)
-            handles.append(layer.module.register_forward_pre_hook(hook))
+            undo.append(partial(_unhook, layer.module, hook))
+            layer.module.register_forward_pre_hook(hook)
         yield len(layers)
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _check_channels(channels: Mapping[str, Sequence[int]], widths: Mapping[str, int]) -> None:
+    for name, listed in channels.items():
+        if name not in widths:
+            raise InvalidInput(f"{name} is no linear layer of the model{nearest(name, widths)}")
+        for channel in listed:
+            if type(channel) is not int or not 0 <= channel < widths[name]:
+                raise InvalidInput(
+                    f"{name} has input channels 0 to {widths[name] - 1}, got {channel!r}"
+                )
+
+
+def _unhook(module: nn.Module, hook: Callable) -> None:
+    """Take a forward pre-hook off, if it is there; not by its handle, which a Ctrl-C may lose."""
+    for key, there in list(module._forward_pre_hooks.items()):
+        if there is hook:
+            del module._forward_pre_hooks[key]
 
 
 class _ThroughInt8:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dis
 import math
-import sys
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from swkernels.train import Coordinates
 from tests.cli.checkpoints import make_model
 from tests.detect.fake_report import candidate, report
 from tests.evidence.bytes import digest
+from tests.interrupts import interrupted
 from tests.models.tiny import tiny_model
 
 NAME, FIRST = "model.layers.1.mlp.down_proj", "model.layers.0.mlp.down_proj"
@@ -95,39 +94,6 @@ def test_an_exception_inside(model, error):
     assert digest(model) == bits
 
 
-# Where CPython 3.11 and later looks for Ctrl-C: when a function begins, after a call, and when a
-# loop goes round.
-_LOOKS = ("RESUME", "CALL", "JUMP_BACKWARD", "POP_JUMP_BACKWARD")
-
-
-def interrupted(run, at: int) -> int:
-    """Run with a KeyboardInterrupt at look ``at`` of our code; return how many looks there were."""
-    looks = 0
-
-    def trace(frame, event, argument):
-        nonlocal looks
-        if frame.f_code.co_filename not in (module_under_test.__file__, evaluate.__file__):
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode":
-            operation = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-            if operation.startswith(_LOOKS):
-                looks += 1
-                if looks == at:
-                    raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        run()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return looks
-
-
 def test_ctrl_c_at_any_point(model):
     """Before, while and after weights change, and while they are put back."""
     bits, seen = digest(model), set()
@@ -137,10 +103,11 @@ def test_ctrl_c_at_any_point(model):
         with edits.zeroed():
             seen.add(digest(model))
 
-    looks = interrupted(run, at=-1)
+    modules = module_under_test, evaluate
+    looks = interrupted(run, -1, modules)
     assert looks > 20 and seen != {bits}
     for at in range(1, looks + 1):
-        assert interrupted(run, at) >= at
+        assert interrupted(run, at, modules) >= at
         assert digest(model) == bits, f"look {at} of {looks}"
 
 
