@@ -78,7 +78,9 @@ def block_table(cells: Cells, blocks: Sequence[int | str], intact: dict) -> Tabl
             asked = [f and f["choices"] and _accuracy(f) for f in (plain, kept)]
             row += [a and str(a) for a in asked] + [all(asked) and str(asked[1].less(asked[0]))]
             there = [model.get(block) if bits == 4 else None for model in FIGURE_7.values()]
-            rows.append([v or None for v in row] + [t and f"{t[0]} → {t[1]} %" for t in there])
+            if plain or clipped or kept or any(there):
+                row += [t and f"{t[0]:.2f} → {t[1]:.2f} %" for t in there]
+                rows.append([value or None for value in row])
     caption = "Perplexity, and the accuracy of answers; published: plain → kept, average zero-shot."
     return Table(columns, rows, caption)
 
