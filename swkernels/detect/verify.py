@@ -181,8 +181,12 @@ def draw_null(
 def _distance(
     matrix: torch.Tensor, start: int, candidate: Candidate, candidates: list[Candidate]
 ) -> torch.Tensor:
-    """How far magnitudes of rows from ``start`` on are from the candidate's; candidates: inf."""
+    """How far magnitudes of rows from ``start`` on are from the candidate's; candidates: inf.
+
+    So are those that are no number: they come last, and compare with others.
+    """
     distance = (matrix.abs().float() - abs(candidate.weight)).abs()
+    distance.nan_to_num_(nan=math.inf, posinf=math.inf)
     for other in candidates:
         same = other.projection is candidate.projection and other.expert == candidate.expert
         if same and start <= other.row < start + len(matrix):
