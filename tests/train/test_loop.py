@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from swkernels.errors import InvalidInput
+from swkernels.errors import InvalidInput, TrainingDiverged
 from swkernels.train import Coordinates, loop, sparse
 from swkernels.train.data import Example, collate, predictions, read_examples
 from swkernels.train.plot import loss_png, running_mean
@@ -34,12 +34,12 @@ def examples(count: int = 7, seed: int = 0) -> list[Example]:
     return made
 
 
-def run(settings=None, *, state=None, on_step=None, model=None, data=None):
+def run(settings=None, *, state=None, on_step=None, model=None, data=None, until=None):
     model = model or tiny_model("llama")
     handle = sparse(model, Coordinates.random(model, 30, seed=1))
     settings = settings or loop.Settings(steps=6, batch_size=2, learning_rate=0.01)
     extra = {"on_step": on_step} if on_step else {}
-    losses = loop.fit(handle, data or examples(), settings, state=state, **extra)
+    losses = loop.fit(handle, data or examples(), settings, state=state, until=until, **extra)
     return losses, [value.detach().clone() for value in handle.parameters()], handle
 
 
@@ -196,6 +196,56 @@ def test_a_step_that_is_cut_in_two_is_undone(tmp_path, monkeypatch, optimizer):
     assert equal(run(settings, state=state), whole)
 
 
+def test_it_stops_where_it_is_told_and_goes_on(tmp_path):
+    settings = loop.Settings(steps=6, batch_size=2, learning_rate=0.01)
+    whole = run(settings)
+    state, model = tmp_path / "state.safetensors", tiny_model("llama")
+    handle = sparse(model, Coordinates.random(model, 30, seed=1))
+    for until, made in ((1, 1), (2, 1), (5, 3), (2, 0), (5, 0)):
+        seen = []
+        losses = loop.fit(
+            handle, examples(), settings, state=state, until=until,
+            on_step=lambda done, total, _, seen=seen: seen.append((done, total)),
+        )  # fmt: skip
+        reached = until if made else 5  # what lies behind it already is given back
+        assert losses == whole[0][:reached]
+        assert seen == [(n, 6) for n in range(reached - made + 1, reached + 1)]
+    assert equal(run(settings, state=state, until=None), whole)
+    assert run(settings, until=2)[0] == whole[0][:2]
+    assert equal(run(settings, until=99), whole)
+
+
+def test_like_lengths_go_together_and_nothing_else_changes(monkeypatch):
+    data = [examples()[n] for n in (6, 0, 5, 1, 4, 2, 3, 3)]  # 4 to 10 tokens
+    settings = loop.Settings(
+        steps=4, batch_size=2, accumulate=2, learning_rate=0.01, warmup=0, clip=0.1
+    )
+    widths, real = [], loop.collate
+    spy = lambda part, device: widths.append([len(e.ids) for e in part]) or real(part, device)  # noqa: E731
+    monkeypatch.setattr(loop, "collate", spy)
+    losses, values, _ = run(settings, model=tiny_model("llama").double(), data=data)
+    steps = [sum(widths[n : n + 2], []) for n in range(0, len(widths), 2)]
+    assert steps == [sorted(step) for step in steps]
+    order = loop._order(len(data), 0, 16, seed=0)
+    drawn = [[len(data[n].ids) for n in order[k : k + 4]] for k in range(0, 16, 4)]
+    assert steps == [sorted(step) for step in drawn] != drawn
+
+    model = tiny_model("llama").double()
+    handle = sparse(model, Coordinates.random(model, 30, seed=1))
+    optimizer = torch.optim.AdamW(handle.parameters(), lr=0.01, weight_decay=0)
+    for step in range(4):  # each in one forward, in the order that was drawn
+        optimizer.zero_grad()
+        part = [data[n] for n in order[4 * step : 4 * step + 4]]
+        loss = model(**real(part, torch.device("cpu"))).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(handle.parameters(), 0.1)
+        optimizer.param_groups[0]["lr"] = settings.rate(step, 4)
+        optimizer.step()
+        assert losses[step] == pytest.approx(loss.item(), rel=1e-6)  # it is float32
+    for ours, theirs in zip(values, handle.parameters()):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-9)
+
+
 def test_the_optimizer_gets_the_rate_of_each_step(monkeypatch):
     rates, real = [], torch.optim.AdamW.step
 
@@ -265,11 +315,20 @@ def test_what_is_not_finite_stops_and_the_last_good_values_stay(tmp_path, what):
                 handle.parameters()[0].register_hook(lambda grad: grad * math.inf)
 
     handle = sparse(model, Coordinates.random(model, 30, seed=1))
-    with pytest.raises(InvalidInput, match=f"the {what} is not finite in step 4.*lower"):
+    with pytest.raises(TrainingDiverged, match=f"the {what} is not finite in step 4.*lower") as e:
         loop.fit(handle, examples(), settings, state=state, on_step=on_step)
     assert all(torch.equal(a, b) for a, b in zip(kept, handle.parameters()))
     resumed = run(settings, state=state)
     assert equal(resumed, run(settings))
+    assert e.value.losses == resumed[0][:3]
+
+
+def test_what_diverges_at_once_has_no_losses():
+    model = tiny_model("llama")
+    model.lm_head.weight.data.fill_(math.nan)
+    with pytest.raises(TrainingDiverged, match="in step 1: the values of step 0") as e:
+        run(model=model)
+    assert e.value.losses == []
 
 
 @pytest.mark.parametrize(
