@@ -24,6 +24,12 @@ TINY: Budget = replace(
 )  # fmt: skip
 PLANTED = Coordinates.of({"model.layers.1.mlp.down_proj": [(5, 7)]}, SHAPES)
 PLAN = Plan(TINY, TINY.seeds)
+ABOUT = {  # of a record, beside what is of its run
+    "identity": {"model": "1f", "dtype": "float32", "super weights": "detected"},
+    "model": "planted", "device": "cpu", "threads": 1,
+    "versions": {"swkernels": "0.1.0", "peft": None},
+    "budget": "tiny", "seeds": list(TINY.seeds), "task": "arc", "seconds": 90.0,
+}  # fmt: skip
 
 
 def write_data(folder: Path) -> Path:
