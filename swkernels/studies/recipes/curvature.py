@@ -48,8 +48,9 @@ def section(found: Found) -> Section:
             _weights(figures),
             histogram(
                 "curvature",
-                "Ratios of |H| at weights to random positions, and what differences make of them",
-                {"exact": exact.ratios, f"differences, eps = {EPSILON:g}": estimated.ratios},
+                "Ratios of |H|, weights over random positions: exact, and seen by differences",
+                exact.ratios,
+                estimated.ratios,
                 PUBLISHED["curvature"],
             ),
         ]

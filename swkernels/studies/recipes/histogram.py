@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from swkernels.train.figure import LINE, MARK, MUTED
+from swkernels.train.figure import INK, LINE, MARK, MUTED, log_where_wide
 
 from ..recipe import Figure
 
@@ -14,23 +14,35 @@ _BINS = 40
 
 
 def histogram(
-    name: str, caption: str, ratios: Mapping[str, np.ndarray], published: Mapping[str, float]
+    name: str, caption: str, exact: np.ndarray, seen: np.ndarray, published: Mapping[str, float]
 ) -> Figure:
-    """Magnitudes of exact and of estimated ratios, with the published median and maximum."""
+    """Magnitudes of exact ratios and of those that were seen through rounding.
+
+    Beside them the published median and maximum, and what ratios of two values would be that are
+    nothing but rounding: of two normal variables of one deviation, whose ratio is a Cauchy
+    variable, P(|ratio| < t) = 2 / pi arctan t.
+    """
 
     def draw(figure) -> None:
         axes = figure.subplots()
-        sizes = {kind: np.abs(values).ravel() for kind, values in ratios.items()}
-        logs = {k: np.log10(v[np.isfinite(v) & (v > 0)]) for k, v in sizes.items()}
-        marks = {kind: np.log10(published[kind]) for kind in ("median", "maximum")}
-        shown = np.concatenate([*logs.values(), list(marks.values())])
-        bins = np.linspace(shown.min() - 0.01, shown.max() + 0.01, _BINS + 1)
-        for (kind, values), color in zip(logs.items(), (MARK, LINE)):
-            axes.hist(values, bins, color=color, alpha=0.55, label=kind)
-        for (kind, value), style in zip(marks.items(), ("--", ":")):
-            axes.axvline(value, color=MUTED, lw=1.2, ls=style, label=f"published {kind}")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{10**value:.3g}")
+        sizes = [_positive(values) for values in (exact, seen)]
+        marks = published["median"], published["maximum"]
+        shown = np.concatenate([*sizes, marks])
+        bins = np.geomspace(shown.min() / 1.01, shown.max() * 1.01, _BINS + 1)
+        for values, color, label in zip(sizes, (MARK, LINE), ("exact", "as seen")):
+            axes.hist(values, bins, color=color, alpha=0.55, label=label)
+        noise = np.diff(2 / np.pi * np.arctan(bins)) * len(sizes[1])
+        axes.stairs(noise, bins, color=INK, lw=1, label="rounding over rounding")
+        for value, style, label in zip(marks, ("--", ":"), ("median", "maximum")):
+            axes.axvline(value, color=MUTED, lw=1.2, ls=style, label=f"published {label}")
+        log_where_wide(axes, "x", bins.tolist())
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="ratio to a random position of the same matrix", ylabel="inputs and pairs")
         axes.legend(frameon=False, fontsize=8)
 
     return Figure(name, caption, draw)
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    sizes = np.abs(values).ravel()
+    return sizes[np.isfinite(sizes) & (sizes > 0)]

@@ -15,6 +15,8 @@ from ..runs.analyze import DETECTED
 from .histogram import histogram
 from .positions import EPSILON, Positions, bent, described, label, larger, ratio_table
 
+_PALE = "#b4bdc6"
+
 
 def runs(plan: Plan) -> list[Run]:
     return [bent(plan)]
@@ -36,8 +38,10 @@ def section(found: Found) -> Section:
             _weights(figures, foretold, measured),
             histogram(
                 "perturbation",
-                "Ratios of the change of the loss, weights over random positions",
-                {"foretold": foretold.ratios, "measured": measured.ratios},
+                "Ratios of the change of the loss, weights over random positions: as foretold "
+                "(exact), and as measured",
+                foretold.ratios,
+                measured.ratios,
                 PUBLISHED["sensitivity"],
             ),
             Figure("perturbation-noise", "Changes as measured and as foretold, for each input and "
@@ -106,7 +110,7 @@ def _agreement(figures: dict):
         special = np.array([group == DETECTED for group in foretold.groups])
         random = (part.random.reshape(len(part.own), -1) for part in (foretold, measured))
         drawn = {
-            "random position": (*random, MUTED),
+            "random position": (*random, _PALE),
             "largest of a layer": (foretold.own[:, ~special], measured.own[:, ~special], LINE),
             "super weight": (foretold.own[:, special], measured.own[:, special], MARK),
         }
@@ -114,9 +118,12 @@ def _agreement(figures: dict):
             axes.plot(x.ravel(), y.ravel(), ".", color=color, ms=4, label=name)
         noise = float(np.median(noise_of(figures)))
         axes.axhline(noise, color=MUTED, lw=1, label="noise of a measurement")
-        for direction, which in (("x", 0), ("y", 1)):
-            shown = np.concatenate([values[which].ravel() for values in drawn.values()])
-            log_where_wide(axes, direction, [*shown[shown > 0].tolist(), noise])
+        shown = np.concatenate([part.ravel() for x, y, _ in drawn.values() for part in (x, y)])
+        shown = shown[shown > 0]
+        for direction in "xy":
+            log_where_wide(axes, direction, [*shown.tolist(), noise])
+        ends = [shown.min(), shown.max()]
+        axes.plot(ends, ends, color=MUTED, lw=1, ls=":", label="as foretold")
         axes.set(xlabel="foretold |change of the loss|, nats", ylabel="measured, nats")
         axes.legend(frameon=False, fontsize=8)
 

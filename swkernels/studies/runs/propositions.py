@@ -60,9 +60,9 @@ def dimension(m: int, n: int, r: int, seed: int) -> dict:
     generator = _generator(seed)
     B = torch.randn(m, r, generator=generator, dtype=torch.float64)
     A = torch.randn(r, n, generator=generator, dtype=torch.float64)
-    eye = [torch.eye(size, dtype=torch.float64) for size in (m, n)]
-    # Row by row: d vec(B A) = (I_m x A^T) d vec(B) + (B x I_n) d vec(A).
-    jacobian = torch.cat([torch.kron(eye[0], A.T.contiguous()), torch.kron(B, eye[1])], 1)
+    by_B = torch.einsum("ip,kj->ijpk", torch.eye(m, dtype=torch.float64), A)
+    by_A = torch.einsum("ik,jq->ijkq", B, torch.eye(n, dtype=torch.float64))
+    jacobian = torch.cat([part.reshape(m * n, -1) for part in (by_B, by_A)], 1)  # [m n, r (m + n)]
     values = torch.linalg.svdvals(jacobian)
     values = values / values[0]
     rank = int((values > max(jacobian.shape) * torch.finfo(torch.float64).eps).sum())
