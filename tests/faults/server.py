@@ -84,9 +84,10 @@ def _serve() -> None:
     import transformers  # noqa: F401
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
+    import swkernels.guard
     import swkernels.integrations.transformers  # noqa: F401
     from swkernels.cli import main
-    from swkernels.detect import page, plots, scan, table  # noqa: F401
+    from swkernels.detect import page, plots, scan, streamed, table  # noqa: F401
     from swkernels.evidence import rank  # noqa: F401
 
     replies = os.dup(1)
