@@ -18,9 +18,10 @@ from swkernels.studies.recipes.quantization import (
     section,
     with_activations,
 )
-from swkernels.studies.recipes.quantization_views import contrast
+from swkernels.studies.recipes.quantization_views import block_figure, contrast
 from swkernels.studies.run import in_order
 from swkernels.studies.runs.quantize import CLIP, PLAIN, PRESERVE, quantize
+from swkernels.train.figure import render
 from tests.ops import quant_oracle
 from tests.studies import tiny
 from tests.studies.by_hand import Checkpoint, Made, reading, verdicts
@@ -217,6 +218,13 @@ def test_w8a8_recovers():
     made |= {with_activations(PLAN, "tensor", True): cell(0.1)}
     table = section(Made(made)).parts[-1]
     assert [row[3] for row in table.rows] == [None, None, "75.0 %", None]
+
+
+@pytest.mark.parametrize("plain", [0.5, math.inf, math.nan])
+def test_the_plot_takes_what_is_broken(plain):
+    cells = {(4, 16, PLAIN): cell(plain), (4, 16, PRESERVE): cell(0.1)}
+    figure = block_figure(cells, BLOCKS, cell(0.0))
+    assert render(figure.draw, "svg", figure.height) == render(figure.draw, "svg", figure.height)
 
 
 def test_accuracies_are_compared_on_the_same_questions():

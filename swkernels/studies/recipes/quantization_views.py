@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from swkernels.train.figure import INK, LINE, MARK, MUTED
+from swkernels.train.figure import INK, LINE, MARK, MUTED, log_where_wide
 
 from ..page import cell, percent
 from ..recipe import Figure, Table, Verdict
@@ -119,40 +119,41 @@ def block_figure(cells: Cells, blocks: Sequence[int | str], intact: dict) -> Fig
         for bits, dash in ((4, "-"), (8, ":")):
             for method, (color, label) in styles.items():
                 points = [
-                    (_size(block, figures), _perplexity(figures))
+                    (_size(block, found), _perplexity(found))
                     for block in blocks
-                    if (figures := cells.get((bits, block, method)))
+                    if (found := cells.get((bits, block, method)))
                 ]
-                if points:
-                    left.plot(
-                        *zip(*points), dash, color=color, marker="o", ms=3.5, lw=1.2,
-                        label=f"{bits} bits, {label}",
-                    )  # fmt: skip
+                label = f"{bits} bits, {label}"
+                _line(left, points, f"o{dash}", color=color, label=label)
             gaps = [
-                (_size(b, f), contrast((1, f), (-1, kept)))
-                for b in blocks
-                if (f := cells.get((bits, b, PLAIN))) and (kept := cells.get((bits, b, PRESERVE)))
+                (_size(block, plain), contrast((1, plain), (-1, kept)))
+                for block in blocks
+                if (plain := cells.get((bits, block, PLAIN)))
+                and (kept := cells.get((bits, block, PRESERVE)))
             ]
-            gaps = [(size, gap) for size, gap in gaps if math.isfinite(gap.high)]
-            if gaps:
-                sizes, values = zip(*gaps)
-                ends = [
-                    [v.value - v.low for v in values], [v.high - v.value for v in values]
-                ]  # fmt: skip
-                right.errorbar(
-                    sizes, [v.value for v in values], yerr=ends, fmt=f"o{dash}", color=INK,
-                    ms=3.5, lw=1.2, capsize=2, label=f"{bits} bits",
-                )  # fmt: skip
+            points = [(size, gap.value) for size, gap in gaps]
+            _line(right, points, f"o{dash}", color=INK, label=f"{bits} bits")
+            for size, gap in gaps:
+                right.plot([size, size], [gap.low, gap.high], color=INK, lw=1.2)
         left.axhline(_perplexity(intact), color=INK, lw=0.8, ls="--")
         right.axhline(1, color=INK, lw=0.8, ls="--")
         left.set(ylabel="perplexity")
         right.set(ylabel="perplexity, plain over kept")
         for axes in (left, right):
-            axes.set(xscale="log", yscale="log", xlabel="elements of a block")
-            axes.legend(frameon=False, fontsize=8)
+            axes.set(xlabel="elements of a block")
+            lines = axes.lines[:-1]  # without the dashed one
+            log_where_wide(axes, "x", [size for line in lines for size in line.get_xdata()])
+            log_where_wide(axes, "y", [v for line in lines for v in line.get_ydata() if v > 0])
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(frameon=False, fontsize=8)
 
     caption = "Perplexity by block size (dashed: the original), and plain over kept with 95 %."
     return Figure("quantization", caption, draw)
+
+
+def _line(axes, points: Sequence[tuple[float, float]], style: str, **options) -> None:
+    if points:
+        axes.plot(*zip(*points), style, ms=3.5, lw=1.2, **options)
 
 
 def gap_grows(cells: Cells, blocks: Sequence[int | str]) -> Verdict | None:
