@@ -1,0 +1,91 @@
+"""``consistency``: what spikes in each piece of text, counted by hand, and its verdicts."""
+
+from __future__ import annotations
+
+import torch
+
+from swkernels.studies.recipes.consistency import run_of, section
+from tests.studies import tiny
+from tests.studies.by_hand import Checkpoint, Made, verdicts
+from tests.studies.tiny import PLAN, TINY
+
+RUN = run_of(PLAN)
+EVERY, SETTLES = (
+    "Some positions spike in every text.",
+    "The set of consistent positions settles by about 100 texts.",
+)
+
+
+def test_positions_are_those_that_spike(planted, data, tmp_path):
+    found = tiny.run(["consistency"], planted, data, tmp_path / "out")
+    figures = found(RUN)
+    hand = Checkpoint(planted, data)
+    ids = hand.tokenizer((data / "text.txt").read_text(), add_special_tokens=False)["input_ids"]
+    passed: list[tuple] = []
+    module = hand.model.model.layers[1].mlp.down_proj
+    module.register_forward_hook(lambda _, given, y: passed.append((given[0][0], y[0])))
+    seen = []  # of each piece the channel of layer 1 that stands out, and the column that makes it
+    for n in range(TINY.samples):
+        room = TINY.length - 1  # behind the BOS
+        piece = torch.tensor([[0, *ids[n * room : (n + 1) * room]]])
+        with torch.no_grad():
+            hand.model(piece)
+        x, y = passed.pop()  # [S, H], [S, D]
+        peaks = y.abs().amax(0)  # [D]
+        channel = int(peaks.argmax())
+        assert peaks[channel] > 20 * peaks.median()
+        token = int(y[:, channel].abs().argmax())
+        products = (x[token] * hand.down(1)[channel]).abs()
+        seen.append((channel, int(products.argmax())))
+    assert set(seen) == {(5, 7)}
+    assert figures["samples"] == TINY.samples
+    (always,) = [p for p in figures["positions"] if p["count"] == TINY.samples]
+    assert (always["layer"], always["row"], always["column"]) == (1, 5, 7)
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "| 100 % | 1 | 4 to 4 of 4 | 9 | 1000 |" in page
+    assert (tmp_path / "out" / "figures" / "consistency.svg").exists()
+    assert not list((tmp_path / "out").rglob("*.scan"))
+
+
+def _figures(counts: list[int], samples: int, settling: list[tuple]) -> dict:
+    positions = [
+        {"layer": 1, "module": "m", "expert": None, "row": n, "column": 0, "count": count}
+        for n, count in enumerate(counts)
+    ]
+    shares = {"100 %": 1, ">= 50 %": 0.5, ">= 20 %": 0.2, "any": 0}
+    tiers = {tier: sum(c >= share * samples for c in counts) for tier, share in shares.items()}
+    points = [
+        dict(zip(("samples", "all", "half", "fifth", "any"), (n, *sizes))) for n, sizes in settling
+    ]
+    return {"samples": samples, "positions": positions, "tiers": tiers, "settling": points}
+
+
+def _said(*arguments) -> tuple:
+    section_ = section(Made({RUN: _figures(*arguments)}))
+    said = verdicts(section_)
+    return said[EVERY], said[SETTLES], section_
+
+
+def test_verdicts_and_coverage():
+    sizes = (1, 2, 3, 4)
+    steady = [(100, sizes), (200, sizes), (500, sizes)]
+    every, settles, said = _said([500, 400, 120, 3], 500, steady)
+    assert (every, settles) == (True, True)
+    rows = [row[:3] for row in said.parts[0].rows]
+    assert rows == [
+        ["100 %", 1, "500 to 500 of 500"],
+        [">= 50 %", 2, "400 to 400 of 500"],
+        [">= 20 %", 3, "120 to 120 of 500"],
+        ["any", 4, "3 to 3 of 500"],
+    ]
+    assert said.parts[1].rows == [[1, None, 0, 0]]
+    moved = [(100, (2, 2, 3, 3)), (200, sizes), (500, sizes)]
+    assert _said([499, 400, 120, 3], 500, moved)[:2] == (False, False)
+    assert _said([200, 150, 50, 3], 200, steady[:2])[:2] == (True, None)  # too soon to say
+    rare = [(100, (1, 2, 3, 3)), (200, sizes), (500, sizes)]  # "any" alone grows
+    assert _said([500, 400, 120, 3], 500, rare)[1] is True
+    assert _said([20, 10], 20, [(20, (1, 2, 2, 2))])[:2] == (None, None)
+
+
+def test_nothing_to_say_before_it_ran():
+    assert section(Made({})) is None
