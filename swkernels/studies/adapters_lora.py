@@ -1,7 +1,7 @@
 """The LoRA of a training run, through PEFT, and what is said of it once it is trained.
 
     {"kind": "lora", "targets": "attention" | "down_proj", "r": 8, "alpha": 16,
-     "mask": None, "report": {"change_at": [k, ...], "delta_top": how many, or left out}}
+     "mask": None, "report": what else the record has, see ``lora_figures.describe``}
 
 With ``mask`` "rows", "columns", "rows and columns" or "positions" there are three more: ``scale``,
 ``hold`` (the masked entries keep their first values; scale is not used), and ``at``: {"top": k}, or

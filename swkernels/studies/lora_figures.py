@@ -43,22 +43,33 @@ def describe(lab: Lab, model: nn.Module, report: dict) -> dict:
     Args:
         lab: its model is the one without LoRA.
         model: with it.
-        report: ``change_at``: summaries at the k largest super weights, for each k;
-            ``delta_top``: list as many of the largest |dW|.
+        report: what is asked for: ``change_at`` (how far weights moved, at the k largest super
+            weights for each k; it reads all weights often) and ``delta_top`` (how many of the
+            largest |dW| are listed).
 
     Returns:
-        ``change``: summaries of ``weight_change`` over the adapted weights, by k and at the "super
-        weights"; a LoRA of other modules of the layer is measured at the same (row, column) in
-        those, and None means that none lies inside. ``super_weights``: the summary of the super
-        weights themselves. ``update``: see ``sizes``. ``delta_top``: {module: [[row, column]]}.
+        With ``change_at``, ``change``: summaries of ``weight_change`` over the adapted weights, by
+        k and at the "super weights"; a LoRA of other modules of the layer is measured at the same
+        (row, column) in those, and None means that none lies inside. ``super_weights``: the summary
+        of the super weights themselves. ``update``: see ``sizes``. With ``delta_top``,
+        ``delta_top``: {module: [[row, column], ...]}.
     """
+    found = {}
+    if "change_at" in report:
+        found |= _changes(lab, model, report["change_at"])
+    if "delta_top" in report:
+        listed = delta_top(model, report["delta_top"]).coordinates.weights
+        found["delta_top"] = {site.name: pairs.tolist() for site, pairs in listed.items()}
+    return found
+
+
+def _changes(lab: Lab, model: nn.Module, counts: list[int]) -> dict:
     updates = list(updates_of(lab.model, model))
     after = {f"{update.name}.weight": update.weight + update.delta for update in updates}
     shapes = {update.name: tuple(update.weight.shape) for update in updates}
-    looked_at = {str(k): lab.top(k) for k in report["change_at"]}
-    looked_at["super weights"] = lab.super_weights
+    looked_at = {str(k): lab.top(k) for k in counts} | {"super weights": lab.super_weights}
     places = {name: matched(coordinates, shapes) for name, coordinates in looked_at.items()}
-    found = {
+    return {
         "change": {
             name: place and weight_change(lab.model, after, place).summary
             for name, place in places.items()
@@ -66,10 +77,6 @@ def describe(lab: Lab, model: nn.Module, report: dict) -> dict:
         "super_weights": _of_super_weights(lab, after),
         "update": sizes(updates),
     }
-    if "delta_top" in report:
-        listed = delta_top(model, report["delta_top"]).coordinates.weights
-        found["delta_top"] = {site.name: pairs.tolist() for site, pairs in listed.items()}
-    return found
 
 
 def updates_of(base: nn.Module, model: nn.Module) -> Iterator[Update]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from ..recipe import Found, Plan, Recipe, Section
 from ..run import Run
 from .lora import adapter_of
+from .lora_views import DROPOUT, gain
 from .settings import baseline, data_of, described, training
-from .training_views import curves, training_table
+from .training_views import curves, notes, training_table
 
 LABEL = "LoRA, down projections"
-PUBLISHED = {LABEL: ("68.77 %",)}
+PUBLISHED = {"arc": {LABEL: ("68.77 %",)}, "winogrande": {}}
 
 
 def run_of(plan: Plan) -> Run:
     """Training LoRA on the down projections."""
-    return training(plan, adapter_of(plan, "down_proj"))
+    return training(plan, adapter_of("down_proj", {"change_at": list(plan.budget.counts)}))
 
 
 def runs(plan: Plan) -> list[Run]:
@@ -22,13 +23,16 @@ def runs(plan: Plan) -> list[Run]:
 
 
 def section(found: Found) -> Section:
-    labelled = {LABEL: found(run_of(found.plan))}
+    done = {LABEL: found(run_of(found.plan))}
+    claim = "LoRA on the down projections improves over the baseline."
     return Section(
         described(found.plan),
         [
-            training_table(found, labelled, PUBLISHED, ("OLMo-1B",)),
-            curves("lora-down", "Loss of the training answers; perplexity", labelled),
+            training_table(found, done, PUBLISHED[found.plan.task], ("OLMo-1B",)),
+            curves("lora-down", "Loss of the training answers; perplexity of the text", done),
         ],
+        gain(found, LABEL, done[LABEL], claim),
+        [DROPOUT, *notes(found, done)],
     )
 
 
