@@ -94,15 +94,16 @@ def fell_to_chance(accuracy: Accuracy, base: Accuracy, chance: float) -> bool | 
         return None
     if low > chance:
         return False
-    return True if high < (chance + base.value) / 2 and accuracy.less(base).is_loss else None
+    near = high < (chance + base.value) / 2
+    return True if near and accuracy.less(base).is_loss else None
+
+
+def stands_above_chance(accuracy: Accuracy, base: Accuracy, chance: float) -> bool:
+    """Whether its interval is nearer to the baseline, above chance itself, than to chance."""
+    return base.interval[0] > chance and accuracy.interval[0] > (chance + base.value) / 2
 
 
 def all_of(states: Iterable[bool | None]) -> bool | None:
     """Whether all hold: False where one does not, else None where one is undecided."""
     states = list(states)
     return False if False in states else None if None in states else True
-
-
-def opposite(state: bool | None) -> bool | None:
-    """Whether it does not hold; what is undecided stays so."""
-    return None if state is None else not state

@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..recipe import Found, Plan, Recipe, Section, Verdict
 from ..run import Run
 from . import direct
-from .comparing import Accuracy, all_of, opposite
-from .settings import CHANCE, baseline, data_of, described, training
+from .comparing import Accuracy, all_of, stands_above_chance
+from .settings import CHANCE, PUBLISHED_STEPS, baseline, data_of, described, training
 from .training_views import (
     Runs,
     accuracies,
@@ -66,10 +66,13 @@ def section(found: Found) -> Section | None:
 
 def no_collapse(found: Found, drawn: Runs) -> list[Verdict]:
     """Whether no control fell to chance, and whether the published one gained."""
-    base, k = untrained(found), control(found.plan)
+    base, k, whole = untrained(found), control(found.plan), PUBLISHED_STEPS[found.plan.task]
     if base is None or not all(drawn.values()):
         return []
-    states = [opposite(collapsed(found, figures)) for figures in drawn.values()]
+    states = []
+    for figures in drawn.values():
+        stands = _stands(found, figures) and len(figures["losses"]) >= whole
+        states.append(True if stands else False if collapsed(found, figures) else None)
     gain = Accuracy.of(drawn[f"k = {k:,}"]["choices"]).less(base)
     short = few_steps(found, drawn)
     return [
@@ -100,11 +103,10 @@ def specific(
     random, super_weights = (Accuracy.of(figures["choices"]) for figures in runs.values())
     gap = random.less(super_weights)
     fell = collapsed(found, largest[1])
-    unhurt = random.interval[0] > CHANCE[found.plan.task] and gap.is_gain
     if fell is False or collapsed(found, drawn[1]):
         holds = False
     else:
-        holds = True if fell and unhurt else None
+        holds = True if fell and _stands(found, drawn[1]) and gap.is_gain else None
     return [
         Verdict(
             "The collapse is specific to super-weight coordinates.",
@@ -112,6 +114,11 @@ def specific(
             f"{accuracies(found, runs)}; random less super weights {gap}{few_steps(found, runs)}.",
         )
     ]
+
+
+def _stands(found: Found, figures: dict) -> bool:
+    accuracy = Accuracy.of(figures["choices"])
+    return stands_above_chance(accuracy, untrained(found), CHANCE[found.plan.task])
 
 
 RANDOM_CONTROL = Recipe(
