@@ -12,9 +12,9 @@ from ..run import Run
 from .comparing import Accuracy
 from .lora import adapter_of
 from .lora import run_of as vanilla
-from .lora_views import DROPOUT, INDICES, agreement, same, why_same
+from .lora_views import DROPOUT, INDICES, agreement, same, short, why_same
 from .settings import baseline, data_of, described, training
-from .training_views import notes, untrained
+from .training_views import untrained
 
 MASKS = ("rows", "columns", "rows and columns")
 SCALES = (0.8, 0.5, 0.2, 0.1, 0.0)  # 1 is LoRA without a mask
@@ -58,7 +58,7 @@ def section(found: Found) -> Section | None:
             "The published accuracy of one seed, 66.88 % with OLMo-1B, lies nine standard "
             "deviations above the mean that the paper gives for ten seeds of the same run, "
             "62.90 ± 0.45 %; it does not say how they differ.",
-            *notes(found, {"": first}),
+            *short(found, first),
         ],
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ..recipe import Found, Verdict
 from .comparing import Accuracy, Difference
+from .settings import PUBLISHED_STEPS
 from .training_views import accuracies, few_steps, untrained
 
 # Two accuracies count as the same where their difference lies within this by its 95 % interval.
@@ -68,3 +69,14 @@ def agreement(a: dict, b: dict) -> float:
     """Share of the questions on which two runs predict the same."""
     pairs = list(zip(a["choices"]["predictions"], b["choices"]["predictions"], strict=True))
     return sum(p == q for p, q in pairs) / len(pairs)
+
+
+def short(found: Found, vanilla: dict) -> list[str]:
+    """What fewer steps than were published mean for a comparison of masks."""
+    steps, whole = vanilla["steps"], PUBLISHED_STEPS[found.plan.task]
+    if steps >= whole:
+        return []
+    return [
+        f"{steps} steps where {whole} were published: a masked run is compared with a LoRA of as "
+        "many steps, and only where that one has an effect does a mask without effect say anything."
+    ]

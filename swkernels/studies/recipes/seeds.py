@@ -17,9 +17,9 @@ from .comparing import Accuracy
 from .lora import run_of as vanilla
 from .lora_delta_freeze import mean_and_deviation
 from .lora_mask import run_of as masked
-from .lora_views import DROPOUT, INDICES, LEVEL, MARGIN, agreement, has_effect
+from .lora_views import DROPOUT, INDICES, LEVEL, MARGIN, agreement, has_effect, short
 from .settings import baseline, data_of, described
-from .training_views import few_steps, notes, untrained
+from .training_views import few_steps, untrained
 
 METHODS = ("LoRA", "masked, s = 0")
 # ARC-Easy accuracy over ten seeds: mean and deviation of both methods alike, seeds whose
@@ -60,7 +60,7 @@ def section(found: Found) -> Section | None:
             "with replacement, 2,000 times.",
             "The mask is that of rows of B. " + INDICES,
             DROPOUT,
-            *notes(found, {str(seed): pair[0] for seed, pair in pairs.items()}),
+            *short(found, next(iter(pairs.values()))[0]),
         ],
     )
 
