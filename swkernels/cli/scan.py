@@ -54,7 +54,11 @@ _SPILL = typer.Option(help="With --stream: the folder of that file.", show_defau
 _BY_LAYERS = typer.Option(
     "--by-layers", help="With --stream under torchrun: each process reads a range of the layers."
 )
-_OUTPUT = typer.Option("-o", "--output", help="Folder for report.json, report.html, spikes.png.")
+_OUTPUT = typer.Option(
+    "-o",
+    "--output",
+    help="Folder for report.json, report.html, spikes.png and, of a mixture, routing.png.",
+)
 STATE = "scan.state"  # in the output folder
 _STATE = typer.Option(
     help="File from which a scan that was ended goes on.",
@@ -284,12 +288,16 @@ def _read(path: Path | None) -> str | None:
 
 def _writers(report) -> dict[str, Callable[[Path], None]]:
     """Render everything before anything is written; report.json last, as the sign of success."""
-    from swkernels.detect import page, plots
+    from swkernels.detect import page, plots, routing_plot
+    from swkernels.detect.mixtures import mixtures
     from swkernels.files import write_atomically
 
     document = report.to_dict()
+    pictures = {"spikes.png": plots.spikes_png(document)}
+    if mixtures(document):
+        pictures["routing.png"] = routing_plot.routing_png(document)
     return {
-        "spikes.png": partial(write_atomically, data=plots.spikes_png(document)),
+        **{name: partial(write_atomically, data=data) for name, data in pictures.items()},
         "report.html": partial(write_atomically, data=page.render(document)),
         "report.json": report.save,
     }

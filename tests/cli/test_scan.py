@@ -1,4 +1,4 @@
-"""``swkernels scan``, from the command line to the three files."""
+"""``swkernels scan``, from the command line to its files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from swkernels.cli import main
 from swkernels.detect.report import ScanReport
+from swkernels.detect.routing_plot import routing_png
 from swkernels.detect.scan import ScanConfig
 from tests.cli.checkpoints import TEXT, VOCABULARY, make_model, make_tokenizer, plant, save
+from tests.models.tiny import tiny_model
 
 FILES = ["report.html", "report.json", "spikes.png"]
 SMALL = ["--samples", "2", "--length", "16", "--eval-tokens", "64", "--device", "cpu"]
@@ -85,6 +87,17 @@ def test_end_to_end(checkpoint, text, tmp_path, capfd, verify):
     shown = capfd.readouterr()
     assert shown.err == ""
     assert "1" in shown.out and "[5, 7]" in shown.out and str(out / "report.html") in shown.out
+
+
+def test_of_a_mixture_there_is_a_picture_of_its_routing(text, tmp_path):
+    model = tiny_model("mixtral", vocab_size=VOCABULARY, num_hidden_layers=2)
+    path, out = save(model, tmp_path / "mixture"), tmp_path / "out"
+    options = [*SMALL, "--text", text, "-o", str(out), "--no-verify"]
+    assert main(["scan", str(path), *options]) == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, "routing.png"])
+    document = ScanReport.load(out / "report.json").to_dict()
+    assert (out / "routing.png").read_bytes() == routing_png(document)
+    assert (out / "routing.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_files_without_output(checkpoint, text, tmp_path, monkeypatch):
