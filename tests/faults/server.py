@@ -89,6 +89,7 @@ def _serve() -> None:
     from swkernels.cli import main
     from swkernels.detect import page, plots, scan, streamed, table  # noqa: F401
     from swkernels.evidence import rank  # noqa: F401
+    from swkernels.studies import study  # noqa: F401
 
     replies = os.dup(1)
     for line in sys.stdin:
