@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu gpu-studies clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.models.smollm2 > $(VENV)/.model
@@ -25,6 +25,11 @@ bench: $(VENV)/.demo
 # With the Python at hand: a machine with a GPU has its own PyTorch. DRY=1: tiny sizes, no GPU.
 gpu:
 	bash benchmarks/gpu.sh $(if $(DRY),--dry)
+
+# All studies on a GPU; MODEL, DATA, BUDGET and OUT as in docs/studies.md.
+gpu-studies:
+	bash benchmarks/gpu.sh studies $(if $(DRY),--dry) $(if $(MODEL),--model "$(MODEL)") \
+		$(if $(DATA),--data "$(DATA)") $(if $(BUDGET),--budget $(BUDGET)) $(if $(OUT),-o "$(OUT)")
 
 # torch comes first, so that PIP_ARGS can name the index of a build of it (CPU, CUDA, ROCm).
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)

@@ -2,6 +2,7 @@
 # Everything that only a GPU can show, in one command; see docs/gpu.md.
 #
 #     bash benchmarks/gpu.sh [-o OUT] [--dry] [--minutes 10] [--only STEP ...]
+#     bash benchmarks/gpu.sh studies [-o OUT] [--dry] [--model MODEL] [--data DIR] [--budget full]
 #
 # It takes the first Python that has PyTorch: $PYTHON, that of .venv, python3.
 set -euo pipefail

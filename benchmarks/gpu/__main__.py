@@ -1,5 +1,7 @@
 import sys
 
-from benchmarks.gpu.run import main
+from benchmarks.gpu import run, studies
 
-sys.exit(main())
+if sys.argv[1:2] == ["studies"]:
+    sys.exit(studies.main(sys.argv[2:]))
+sys.exit(run.main())
