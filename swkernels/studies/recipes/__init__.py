@@ -21,10 +21,13 @@ from .scaling import SCALING
 from .seeds import SEEDS
 from .stop_words import STOP_WORDS
 from .subspace import SUBSPACE
+from .summary import SUMMARY
+from .weight_change import WEIGHT_CHANGE
 
 _ALL = (
+    SUMMARY,  # first on the page; its runs are those of other studies
     CONSISTENCY, PRUNING, DIRECT, NEIGHBORHOOD, RANDOM_CONTROL, LORA, LORA_DOWN, LORA_MASK,
-    LORA_DELTA_FREEZE, SEEDS, AMPLIFICATION, CURVATURE, PERTURBATION, SUBSPACE,
+    LORA_DELTA_FREEZE, SEEDS, WEIGHT_CHANGE, AMPLIFICATION, CURVATURE, PERTURBATION, SUBSPACE,
     QUANTIZATION, SCALING, RESTORE, STOP_WORDS,
 )  # fmt: skip
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
