@@ -73,7 +73,7 @@ def block_table(cells: Cells, blocks: Sequence[int | str], intact: dict) -> Tabl
         for block in [*(b for b in blocks if b != TENSOR), *more, TENSOR]:
             plain, clipped, kept = (cells.get((bits, block, m)) for m in (PLAIN, CLIP, PRESERVE))
             both = plain and kept
-            row = [bits, cell(block), *map(_perplexity, (plain, clipped, kept))]
+            row = [bits, _named(block), *map(_perplexity, (plain, clipped, kept))]
             row += [both and str(contrast((1, plain), (-1, kept)))]
             asked = [f and f["choices"] and _accuracy(f) for f in (plain, kept)]
             row += [a and str(a) for a in asked] + [all(asked) and str(asked[1].less(asked[0]))]
@@ -196,9 +196,9 @@ def large_blocks_usable(cells: Cells, blocks: Sequence[int | str], intact: dict)
         "Keeping the super weights makes large blocks usable that are not without.",
         True if gained else False if lost and not doubtful else None,
         f"usable is a perplexity below {USABLE:g} times the original's; with 4 bits and blocks of "
-        f"{cell(shown)} it is {plain} plain and {kept} kept"
-        f"{_named('; usable only when kept', gained)}{_named('; unusable either way', lost)}"
-        f"{_named('; not clear', [b for b in doubtful if b not in gained])}.",
+        f"{_named(shown)} it is {plain} plain and {kept} kept"
+        f"{_listed('; usable only when kept', gained)}{_listed('; unusable either way', lost)}"
+        f"{_listed('; not clear', [b for b in doubtful if b not in gained])}.",
     )
 
 
@@ -246,6 +246,10 @@ def _size(block: int | str, figures: dict) -> int:
     return most if block == TENSOR else min(block, most)
 
 
-def _named(words: str, blocks: Iterable[int | str]) -> str:
-    listed = ", ".join(map(cell, blocks))
-    return f"{words}: {listed}" if listed else ""
+def _named(block: int | str) -> str:
+    return "a whole matrix" if block == TENSOR else cell(block)
+
+
+def _listed(words: str, blocks: Iterable[int | str]) -> str:
+    named = ", ".join(map(_named, blocks))
+    return f"{words}: {named}" if named else ""
