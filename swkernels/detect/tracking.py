@@ -446,7 +446,10 @@ class _Observer:
         if x.device != state.device:
             state.move(x.device)
         index = self._index(x, rows)
-        state.routed[expert] += (index >= 0).sum()  # a tensor: nothing waits for its value
+        counted = (index >= 0).sum()  # a tensor: nothing waits for its value
+        if state.projection.scope is not None:  # nllb_moe hands an expert a token several times
+            counted = torch.minimum(counted, (self.stack.index >= 0).sum().to(x.device))
+        state.routed[expert] += counted
         if self.per_sample:
             self._observe_samples(expert, x, y, rows)
         else:

@@ -12,9 +12,11 @@ from swkernels import __version__
 from swkernels.detect.loading import fingerprint
 from swkernels.detect.report import encode
 from swkernels.errors import InvalidInput
-from swkernels.files import write_atomically
+from swkernels.files import Limits, read_json, write_atomically
 
 from .ranking import Ranking
+
+LIMITS = Limits(size=1 << 30, depth=16, values=1 << 26)  # four numbers an entry
 
 
 def cache_directory() -> Path:
@@ -23,9 +25,7 @@ def cache_directory() -> Path:
     return Path(base) / "rank"
 
 
-def cache_file(
-    path: Path, files: Sequence[Path], k: int, kinds: tuple[str, ...] | None
-) -> Path:
+def cache_file(path: Path, files: Sequence[Path], k: int, kinds: tuple[str, ...] | None) -> Path:
     """Return where the ranking of a checkpoint is kept.
 
     The fingerprint does not cover the weights' values, so every file's size and time of change
@@ -47,12 +47,12 @@ def cache_file(
 def read(file: Path) -> Ranking | None:
     """Return the ranking in a file; None if there is none, or the file is damaged."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, limits=LIMITS)
         stored, digest = content["ranking"], content["sha256"]
         if hashlib.sha256(_text(stored).encode()).hexdigest() != digest:
             return None
         return Ranking.from_dict(stored)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (InvalidInput, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -95,6 +95,17 @@ def test_the_report_is_equal_wherever_it_stopped(mixture, tmp_path, at):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_expert_that_is_handed_a_token_several_times_counts_it_once(tmp_path):
+    """nllb_moe does so; its own state must not say more tokens than there are."""
+    model = planted("nllb_moe")
+    expected = report(model, verify=False)
+    stopped(model, tmp_path / "state", 2, verify=False)
+    assert report(model, state=ScanState(tmp_path / "state", 0.0), verify=False) == expected
+    tokens = sum(ids.numel() for ids in samples())
+    routed = [e["routed"] for e in json.loads(expected)["layers"] if e["expert"] is not None]
+    assert max(routed) == tokens
+
+
 def test_what_is_done_is_not_done_again(tmp_path):
     model = planted("llama")
     path = tmp_path / "state"

@@ -275,10 +275,18 @@ def test_kept_rankings(folder, kept, monkeypatch):
         with pytest.raises(TypeError):
             rank(folder, 40)
     other = content.replace(b'"row": [', b'"row": [1', 1)
-    for damaged in (b"", b"{", b"[]", b"{}", content[:-30], other):
+    listed = json.dumps([])
+    own = json.dumps({"sha256": hashlib.sha256(listed.encode()).hexdigest(), "ranking": []})
+    twice = content.replace(b"{", b'{"sha256": "", ', 1)
+    deep = b"[" * 100_000
+    for damaged in (b"", b"{", b"[]", b"{}", content[:-30], other, own.encode(), twice, deep):
         file.write_bytes(damaged)
         assert rank(folder, 40).to_dict() == first.to_dict()
         assert file.read_bytes() == content  # made anew
+    file.unlink()
+    os.mkfifo(file)  # one that is opened as a file waits for a writer
+    assert rank(folder, 40).to_dict() == first.to_dict()
+    assert file.read_bytes() == content
     assert [entry.name for entry in kept.iterdir()] == [file.name]
 
 
