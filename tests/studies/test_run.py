@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 
 import pytest
 
+from swkernels.studies.book import Book
 from swkernels.studies.budget import FULL, SMALL
+from swkernels.studies.data import PARTS
+from swkernels.studies.kinds import KINDS
 from swkernels.studies.lab import DETECT
-from swkernels.studies.recipe import Plan
-from swkernels.studies.recipes import direct, neighborhood, random_control
+from swkernels.studies.recipe import Found, Plan
+from swkernels.studies.recipes import RECIPES, direct, neighborhood, random_control
 from swkernels.studies.recipes.settings import baseline
 from swkernels.studies.run import Run, in_order
 
@@ -69,12 +73,24 @@ def test_what_json_cannot_say_is_no_configuration():
         _ = Run("train", {"rate": float("nan")}).key
 
 
+@pytest.mark.parametrize("task", ["arc", "winogrande"])
 @pytest.mark.parametrize("budget", [SMALL, FULL], ids=lambda budget: budget.name)
-def test_the_runs_of_a_study_are_told_apart(budget):
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_study_knows_its_runs_before_any_is_made(name, budget, task, tmp_path):
+    plan = Plan(budget, budget.seeds, task)
+    runs = RECIPES[name].runs(plan)
+    assert runs and len({run.key for run in runs}) == len(runs)
+    assert [run.key for run in RECIPES[name].runs(plan)] == [run.key for run in runs]
+    for run in in_order(runs):
+        assert run.kind in KINDS and json.loads(json.dumps(run.config)) == run.config
+    assert set(RECIPES[name].parts(plan)) <= set(PARTS)
+    section = RECIPES[name].section(Found(Book(tmp_path / "none.jsonl"), plan))
+    assert section is None or not [v for v in section.verdicts if v.holds is not None]
+
+
+@pytest.mark.parametrize("budget", [SMALL, FULL], ids=lambda budget: budget.name)
+def test_seeds_and_tasks_are_other_runs(budget):
     plan = Plan(budget, budget.seeds)
-    for recipe in (direct, neighborhood, random_control):
-        runs = recipe.runs(plan)
-        assert len({run.key for run in runs}) == len(runs)
     apart = {direct.run_of(plan, 100, seed).key for seed in plan.seeds}
     assert len(apart) == len(plan.seeds) and direct.run_of(plan, 100).key in apart
     other = direct.run_of(Plan(budget, budget.seeds, "winogrande"), 100)
