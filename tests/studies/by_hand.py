@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.studies.made_up import QUESTIONS, MadeUp
 from tests.studies.tiny import PLAN, TINY
-
-QUESTIONS = 400  # of a made-up task
 
 
 class Checkpoint:
@@ -54,16 +53,9 @@ class Checkpoint:
         return found
 
 
-class Made:
+def made(figures: dict) -> MadeUp:
     """Made-up figures, by their runs."""
-
-    plan = PLAN
-
-    def __init__(self, figures: dict):
-        self._figures = {run.key: found for run, found in figures.items()}
-
-    def __call__(self, run) -> dict | None:
-        return self._figures.get(run.key)
+    return MadeUp(PLAN, figures)
 
 
 def reading(losses: Sequence[float], right: float = 0.6, first: int = 0, **more) -> dict:

@@ -6,7 +6,7 @@ import torch
 
 from swkernels.studies.recipes.consistency import run_of, section
 from tests.studies import tiny
-from tests.studies.by_hand import Checkpoint, Made, verdicts
+from tests.studies.by_hand import Checkpoint, made, verdicts
 from tests.studies.tiny import PLAN, TINY
 
 RUN = run_of(PLAN)
@@ -61,7 +61,7 @@ def _figures(counts: list[int], samples: int, settling: list[tuple]) -> dict:
 
 
 def _said(*arguments) -> tuple:
-    section_ = section(Made({RUN: _figures(*arguments)}))
+    section_ = section(made({RUN: _figures(*arguments)}))
     said = verdicts(section_)
     return said[EVERY], said[SETTLES], section_
 
@@ -88,4 +88,4 @@ def test_verdicts_and_coverage():
 
 
 def test_nothing_to_say_before_it_ran():
-    assert section(Made({})) is None
+    assert section(made({})) is None

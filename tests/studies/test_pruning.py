@@ -12,7 +12,7 @@ from swkernels.studies.recipes.pruning import RANK, readings, section
 from swkernels.studies.sets import CATALOGUE, MAGNITUDE, OTHERS, RANDOM, SUPER_WEIGHTS
 from swkernels.train import CatalogueEntry, published
 from tests.studies import tiny
-from tests.studies.by_hand import Checkpoint, Made, reading, verdicts
+from tests.studies.by_hand import Checkpoint, made, reading, verdicts
 from tests.studies.tiny import PLAN
 
 RUNS = readings(PLAN)
@@ -128,7 +128,7 @@ CLAIMS = {
 def _said(gone: dict, harmless: dict) -> dict:
     figures = {run: harmless for name, run in RUNS.items() if name != CATALOGUE}
     figures |= {RUNS["intact"]: reading(INTACT), RUNS[SUPER_WEIGHTS]: gone | {"weights": AT}}
-    said = verdicts(section(Made(figures)))
+    said = verdicts(section(made(figures)))
     return {key: said[claim] for key, claim in CLAIMS.items()}
 
 
@@ -155,7 +155,7 @@ def _ranked(ranks: list, shares: tuple[float, float]) -> dict:
      ([1, None], (0.4, 0.6), (True, False))],
 )  # fmt: skip
 def test_verdicts_of_ranks(ranks, shares, expected):
-    said = section(Made({RANK: _ranked(ranks, shares)}))
+    said = section(made({RANK: _ranked(ranks, shares)}))
     found, down = said.verdicts
     assert found.claim == "Ranking by magnitude does not find the super weights."
     assert (found.holds, down.holds) == expected
@@ -163,4 +163,4 @@ def test_verdicts_of_ranks(ranks, shares, expected):
 
 
 def test_nothing_to_say_before_it_ran():
-    assert section(Made({})) is None
+    assert section(made({})) is None

@@ -6,7 +6,7 @@ import pytest
 
 from swkernels.studies.recipes.restore import run_of, section
 from tests.studies import tiny
-from tests.studies.by_hand import Checkpoint, Made, reading, verdicts
+from tests.studies.by_hand import Checkpoint, made, reading, verdicts
 from tests.studies.tiny import PLAN
 
 RUN = run_of(PLAN)
@@ -65,7 +65,7 @@ def test_verdicts(back, right, expected):
     figures = {"activations": []} | {
         "intact": reading(INTACT, 0.6), "set": reading(GONE, 0.3), "restored": reading(back, right)
     }  # fmt: skip
-    said = section(Made({RUN: figures}))
+    said = section(made({RUN: figures}))
     assert list(verdicts(said).values()) == [expected, expected]
     if expected:
         assert "66 % of the loss come back" in said.verdicts[0].why  # (9.05 - 5.05) / 6.05
@@ -73,4 +73,4 @@ def test_verdicts(back, right, expected):
 
 
 def test_nothing_to_say_before_it_ran():
-    assert section(Made({})) is None
+    assert section(made({})) is None

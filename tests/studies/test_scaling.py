@@ -6,7 +6,7 @@ import pytest
 
 from swkernels.studies.recipes.scaling import run_of, section
 from tests.studies import tiny
-from tests.studies.by_hand import Checkpoint, Made, reading, verdicts
+from tests.studies.by_hand import Checkpoint, made, reading, verdicts
 from tests.studies.tiny import PLAN
 
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
@@ -35,7 +35,7 @@ def _said(small: list[float], large: list[float], right: float) -> list[bool | N
                         right if factor > 1 else 0.6)
         for factor in FACTORS
     }  # fmt: skip
-    said = section(Made({run_of(PLAN, factor): found for factor, found in figures.items()}))
+    said = section(made({run_of(PLAN, factor): found for factor, found in figures.items()}))
     return list(verdicts(said).values())  # accuracy, perplexity, shrinking
 
 
@@ -56,6 +56,6 @@ def test_a_gain_is_tested_as_often_as_it_was_looked_for():
 
 def test_what_is_missing_is_left_out():
     figures = {run_of(PLAN, 1.0): reading(INTACT), run_of(PLAN, 2.0): reading(INTACT)}
-    said = section(Made(figures))
+    said = section(made(figures))
     assert [row[0] for row in said.parts[0].rows] == ["×1", "×2"] and not said.verdicts
-    assert section(Made({run_of(PLAN, 2.0): reading(INTACT)})) is None
+    assert section(made({run_of(PLAN, 2.0): reading(INTACT)})) is None

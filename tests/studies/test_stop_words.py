@@ -7,7 +7,7 @@ import torch
 
 from swkernels.studies.recipes.stop_words import runs, section
 from tests.studies import tiny
-from tests.studies.by_hand import Checkpoint, Made, reading, verdicts
+from tests.studies.by_hand import Checkpoint, made, reading, verdicts
 from tests.studies.tiny import PLAN
 
 BEFORE, AFTER = runs(PLAN)
@@ -60,7 +60,7 @@ def test_verdict(after, expected):
     before = [[4.0, 2.0], [5.0, 2.0], [4.0, 2.4], [4.4, 2.0]]
     losses = [3.0, 3.1, 2.9, 3.0]
     said = section(
-        Made(
+        made(
             {
                 BEFORE: reading(losses, stop_words=_words(before)),
                 AFTER: reading(losses, stop_words=_words(after)),
@@ -76,4 +76,4 @@ def test_verdict(after, expected):
 
 def test_nothing_to_say_before_both_ran():
     one = reading([3.0, 3.1], stop_words=_words([[4.0, 2.0], [5.0, 2.0]]))
-    assert section(Made({BEFORE: one})) is None
+    assert section(made({BEFORE: one})) is None
