@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 
 from .table import number, position
 
@@ -63,6 +63,15 @@ _STYLE = {
 }
 WIDTH = 9.2  # inches
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # an SVG's text would show markup raw
+
+
+class _Between(LogFormatter):
+    """Labels between the powers of ten, where there are few of these; plain as they are."""
+
+    def __call__(self, value, position=None) -> str:
+        return _PLAIN(value) if super().__call__(value, position) else ""
+
+
 _ANNOTATIONS = 6  # per panel: more would cover each other
 
 
@@ -158,6 +167,7 @@ def _peaks_panel(axes: Axes, report: dict, layers: list[int], side: str) -> None
     medians = [_positive(strongest[layer][f"{side}_median"]) for layer in layers]
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(_PLAIN)
+    axes.yaxis.set_minor_formatter(_Between())
     axes.grid(axis="y")
     size = 4 if len(layers) <= 40 else 2.5
     side_name = "output" if side == "out" else "input"

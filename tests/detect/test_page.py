@@ -240,6 +240,15 @@ def test_figures_are_well_formed_and_their_ground_is_clear(html):
         assert "fill: none" in ground
 
 
+def test_a_narrow_range_of_peaks_has_plain_labels():
+    document = fake_report.mixture()
+    for entry in document["layers"]:
+        entry["in_peak"]["value"], entry["in_median"] = 0.05, 0.013
+    document["candidates"] = []
+    svg = plots.spikes_svg(document)
+    assert "mathdefault" not in svg and ">0.02<" in svg and ">0.03<" in svg
+
+
 def test_page_is_repeatable():
     assert rendered(fake_report.mixture()) == page.render(fake_report.mixture())
 

@@ -137,6 +137,7 @@ def test_lists_that_cannot_be_read(tmp_path):
 
 def test_names_are_safe_and_unique():
     models = ["../../etc", "a/b", "A/B", "a--b", "..", "x" * 300, "é", "fleet.jsonl", "plain", ".h"]
+    models = ["twin", "Twin", *models]  # one folder where case does not count
     names = safe_names(models)
     assert len({name.lower() for name in names}) == len(models)
     for name in names:
