@@ -13,7 +13,8 @@ from swkernels.studies.recipes.amplification import AMPLIFICATION, run_of
 from swkernels.studies.runs.analyze import candidates
 from tests.models.tiny import tiny_model
 from tests.studies import tiny
-from tests.studies.by_hand import Checkpoint, Made, verdicts
+from tests.studies.by_hand import Checkpoint, verdicts
+from tests.studies.by_hand import made as made_of
 
 PLAN = Plan(replace(tiny.TINY, length=13), tiny.TINY.seeds)  # windows that differ
 NAME = "model.layers.{}.mlp.down_proj"
@@ -113,7 +114,7 @@ def made(layers, super_weight, largest=(3.0,) * 8, random=(1.5,) * 8) -> dict[st
     ]
     listed = [entry(layer, values) for layer, values in enumerate(layers)]
     figures = {"prompts": 8, "tokens": 64, "layers": listed, "columns": columns}
-    return AMPLIFICATION.section(Made({run_of(Made.plan): figures}))
+    return AMPLIFICATION.section(made_of({run_of(tiny.PLAN): figures}))
 
 
 TYPICAL = (6.0, 7.0, 8.0, 6.5, 7.5, 7.0, 8.0, 6.0)
@@ -147,5 +148,5 @@ def test_verdict_of_super_weights(values, expected):
 
 
 def test_before_anything_is_measured():
-    section = AMPLIFICATION.section(Made({}))
+    section = AMPLIFICATION.section(made_of({}))
     assert section.settings and not section.parts and not section.verdicts

@@ -15,7 +15,8 @@ from swkernels.studies.recipes.curvature import CURVATURE
 from swkernels.studies.recipes.positions import bent, exponent
 from swkernels.studies.runs import analyze
 from tests.studies import tiny
-from tests.studies.by_hand import Made, verdicts
+from tests.studies.by_hand import made as made_of
+from tests.studies.by_hand import verdicts
 from tests.studies.positions import PLAN, by_name, figures_of, places, prompts
 
 SHOWN = "Finite differences with eps = 0.0001 in this dtype show most of the curvatures."
@@ -150,7 +151,7 @@ def made(own: float, random: float, noise: float, spread: float = 1.2, row: floa
     )  # fmt: skip
     bases = figures_of(amplification=(50, 2, 2.0), curvature=(1, 1, 1))
     in_row = bases | {"curvature": (np.array(bases["amplification"]) ** row).tolist()}
-    made = Made({bent(Made.plan): figures, bent(Made.plan, row=True): in_row})
+    made = made_of({bent(tiny.PLAN): figures, bent(tiny.PLAN, row=True): in_row})
     return verdicts(CURVATURE.section(made))
 
 
@@ -172,7 +173,7 @@ def test_the_exponent_is_decided_by_its_interval():
     figures = figures_of(amplification=(3, 2, 1.3), curvature=(1, 1, 1))
     wild = figures_of(seed=5, curvature=(9, 4, 20.0))["curvature"]
     in_row = figures | {"curvature": wild}
-    section = CURVATURE.section(Made({bent(Made.plan, row=True): in_row}))
+    section = CURVATURE.section(made_of({bent(tiny.PLAN, row=True): in_row}))
     assert verdicts(section) == {SQUARE: None}
 
 
@@ -198,7 +199,7 @@ def test_too_little_decides_nothing():
         inputs=4, amplification=(50, 2, 1.1), curvature=(1, 1e-3, 1.1), differences=(1, 1, 1),
         differences_noise=(1e-9, 1e-9, 1),
     )  # fmt: skip
-    made = Made({bent(Made.plan): figures, bent(Made.plan, row=True): figures})
+    made = made_of({bent(tiny.PLAN): figures, bent(tiny.PLAN, row=True): figures})
     section = CURVATURE.section(made)
     assert set(verdicts(section).values()) == {None}
     assert "fewer than 5 inputs" in section.verdicts[0].why

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from swkernels.studies.recipes.perturbation import PERTURBATION
-from swkernels.studies.recipes.positions import Positions, bent, typical_ratio
+from swkernels.studies.recipes.positions import Estimate, Positions, bent, typical_ratio
 from tests.studies import tiny
-from tests.studies.by_hand import Made, verdicts
+from tests.studies.by_hand import made as made_of
+from tests.studies.by_hand import verdicts
 from tests.studies.positions import PLAN, by_name, figures_of, places, prompts
 
 CLAIMS = (
@@ -86,7 +87,7 @@ def test_page(studied):
 
 def made(own: float, random: float, spread: float, inputs: int = 8) -> dict:
     figures = figures_of(inputs, foretold=(own, random, spread), measured=(own, random, spread))
-    return verdicts(PERTURBATION.section(Made({bent(Made.plan): figures})))
+    return verdicts(PERTURBATION.section(made_of({bent(tiny.PLAN): figures})))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,10 @@ def test_typical_ratio():
     turned = figures | {"foretold": (-np.array(figures["foretold"])).tolist()}
     assert typical_ratio(Positions.of(turned, "foretold"), "super weight") == found
     assert typical_ratio(Positions.of(figures, "foretold").only("super weight"), "other") is None
+
+
+def test_how_an_estimate_is_written():
+    assert str(Estimate(1031.4, 0.00123, 2_345_678)) == "1,031 [0.00123, 2.35e+06]"
 
 
 def test_the_interval_of_a_typical_ratio():

@@ -11,7 +11,8 @@ from swkernels.studies.recipes import lora
 from swkernels.studies.recipes.subspace import SUBSPACE, run_of
 from swkernels.studies.runs import propositions
 from tests.studies import tiny
-from tests.studies.by_hand import Made, verdicts
+from tests.studies.by_hand import made as made_of
+from tests.studies.by_hand import verdicts
 
 MEAN = "The mean of |dW| is alpha sigma_B sigma_A sqrt(2 / pi) (equation 10)."
 VARIANCE = "The variance of dW is alpha^2 sigma_B^2 sigma_A^2 / r (equation 11)."
@@ -143,7 +144,7 @@ def test_figures_and_page(studied):
     (sized,) = (row for row in figures["sizes"] if row["r"] == 8)
     assert f"r = 8: {sized['published'] / sized['mean']:.3g}" in section
     assert "Erratum to equation 10" in section
-    listed = verdicts(SUBSPACE.section(Made({run_of(tiny.PLAN): figures})))
+    listed = verdicts(SUBSPACE.section(made_of({run_of(tiny.PLAN): figures})))
     assert listed.pop(MEAN) is False
     assert all(listed.values()) and len(listed) == 7
 
@@ -151,7 +152,7 @@ def test_figures_and_page(studied):
 def changed(figures: dict, name: str, **change) -> dict[str, bool | None]:
     """Verdicts with one row of ``name`` changed."""
     rows = [figures[name][0] | change, *figures[name][1:]]
-    return verdicts(SUBSPACE.section(Made({run_of(tiny.PLAN): figures | {name: rows}})))
+    return verdicts(SUBSPACE.section(made_of({run_of(tiny.PLAN): figures | {name: rows}})))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_what_does_not_hold(studied, name, change, claim):
 def test_the_published_mean_would_hold(studied):
     figures = studied[0]
     rows = [row | {"mean": row["published"]} for row in figures["sizes"]]
-    section = SUBSPACE.section(Made({run_of(tiny.PLAN): figures | {"sizes": rows}}))
+    section = SUBSPACE.section(made_of({run_of(tiny.PLAN): figures | {"sizes": rows}}))
     assert verdicts(section)[MEAN] is True
     (why,) = (verdict.why for verdict in section.verdicts if verdict.claim == MEAN)
     assert "does not agree" in why
@@ -188,7 +189,7 @@ def test_trained_factors(studied):
         "mean": [0.2, 0.6], "bound": [0.8, 0.9], "tightness": [0.2, 0.4],
     }  # fmt: skip
     made = {run_of(tiny.PLAN): studied[0], lora.run_of(tiny.PLAN): {"update": update}}
-    section = SUBSPACE.section(Made(made))
+    section = SUBSPACE.section(made_of(made))
     (table,) = (part for part in section.parts if "trained factors" in part.columns)
     published = 16 * 0.5 * math.sqrt(2 / math.pi) * (0.1 + 3 * 0.2) / 4
     name, mean, exact, approximate, there = table.rows[0]
@@ -198,4 +199,4 @@ def test_trained_factors(studied):
     assert exact == pytest.approx(2 * 35 / 16 * 0.5 * (0.1 + 3 * 0.2) / 4)  # E|S| = 35 / 16
     assert verdicts(section)[BOUND] is True
     update["bound"] = [0.8, 1.01]
-    assert verdicts(SUBSPACE.section(Made(made)))[BOUND] is False
+    assert verdicts(SUBSPACE.section(made_of(made)))[BOUND] is False

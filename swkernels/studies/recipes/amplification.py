@@ -60,10 +60,10 @@ def section(found: Found) -> Section:
 
 NOTES = [
     "Published: Qwen2.5-0.5B-Instruct; `high-magnitude activation dimensions` of each layer, which "
-    "the paper does not name. Here the largest channel counts, of which M > 1 holds by definition, "
-    "and each column of a weight by itself.",
+    "the paper does not name, nor how tokens are put together. Here the largest channel counts, of "
+    "which M > 1 holds by definition, and each column of a weight by itself.",
     "M of a prompt is the largest over its tokens, so that it is above 1 at most columns, random "
-    "ones too: what tells a super weight is by how much.",
+    "ones too: what tells a super weight is by how much. By a mean over tokens M would be smaller.",
 ]
 
 
@@ -157,7 +157,7 @@ AMPLIFICATION = Recipe(
     "Figure 5, I.3.1 of arXiv 2607.08733",
     "How far the input that a super weight multiplies stands out; Theorem 1 rests on M >> 1.",
     (TEXT,),
-    minutes=3,
+    minutes=2,
     runs=runs,
     section=section,
 )

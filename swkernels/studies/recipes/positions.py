@@ -55,7 +55,7 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        return f"{short(self.value)} [{short(self.low)}, {short(self.high)}]"
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,11 @@ class Positions:
     def decides(self) -> bool:
         """Whether there are enough of them for an interval."""
         return len(self.own) >= LEAST and self.random[0].size >= LEAST
+
+
+def short(value: float) -> str:
+    """Three digits, thousands without an exponent."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def typical_ratio(positions: Positions, group: str, seed: int = 0) -> Estimate | None:

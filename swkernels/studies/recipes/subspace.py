@@ -59,7 +59,7 @@ def section(found: Found) -> Section:
         ],
         [
             _first(figures["coverage"]),
-            _second(figures["dimensions"]),
+            _second(figures, max(plan.budget.counts)),
             _third(figures["bounds"], update),
             *_fourth(figures["sizes"]),
             *_theorem(figures),
@@ -206,11 +206,20 @@ def _first(rows: list[dict]) -> Verdict:
     return Verdict(claim, all(abs(one) < likely for one in off), f"{why}.")
 
 
-def _second(rows: list[dict]) -> Verdict:
+def _second(figures: dict, most: int) -> Verdict:
     claim = "Matrices of rank r form a manifold of dimension r (m + n - r) (Proposition 2)."
+    rows = figures["dimensions"]
+    one, every = OLMO_1B["over_k"]
+    sizes = [dimension_of(m, n) for m, n, _ in figures["modules"]]
+    total = sum(size * count for size, (*_, count) in zip(sizes, figures["modules"]))
     why = "; ".join(
         f"{r['m']} x {r['n']}, r = {r['r']}: rank {r['rank']}, {r['expected']} expected"
         for r in rows
+    )
+    why += (
+        f". In this model a projection has {min(sizes):,} to {max(sizes):,} dimensions, all "
+        f"together {total:,}, {total / most:.3g} times k = {most:,} (published: one {one} times, "
+        f"all {every} times)"
     )
     return Verdict(claim, all(row["rank"] == row["expected"] for row in rows), f"{why}.")
 
