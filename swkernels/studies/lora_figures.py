@@ -101,10 +101,8 @@ def matched(coordinates: Coordinates, shapes: dict[str, tuple[int, int]]) -> Coo
 
 def _of_super_weights(lab: Lab, after: dict[str, torch.Tensor]) -> dict:
     """The change of the super weights, which stay as they are where their module has no LoRA."""
-    weights = {weight.site: weight for weight in find_weights(lab.model, lab.super_weights.weights)}
-    if not all(f"{site.name}.weight" in after for site in weights):
-        return weight_change(lab.model, lab.model, lab.super_weights).summary
-    return weight_change(lab.model, after, lab.super_weights).summary
+    adapted = all(f"{site.name}.weight" in after for site in lab.super_weights.weights)
+    return weight_change(lab.model, after if adapted else lab.model, lab.super_weights).summary
 
 
 def sizes(updates: list[Update]) -> dict:
