@@ -56,7 +56,7 @@ class Step:
 
     Attributes:
         number, total: it is this one, from 1, of those that are missing.
-        study: the first that needs it.
+        study: the smallest that needs it.
         text: what it is, in words.
         seconds_left: an estimate for all that are missing, or None.
     """
@@ -236,12 +236,12 @@ def _perform_all(
     lab: Lab, recipes: Sequence[Recipe], plan: Plan, about: dict, on_run: Callable[[Step], None]
 ) -> dict[Run, NotInModel]:
     """Perform what is missing; return the runs that this model has no super weights for."""
-    studies: dict[Run, tuple[str, str]] = {}  # the first study that needs it, and what it is there
-    for recipe in recipes:
+    studies: dict[Run, tuple[str, str]] = {}  # the smallest study of it, and what it is there
+    for recipe in sorted(recipes, key=lambda recipe: len(recipe.runs(plan)), reverse=True):
         runs = in_order(recipe.runs(plan))
-        for run in runs:
-            studies.setdefault(run, (recipe.name, describe(run, runs)))
-    missing = [run for run in studies if run not in lab.book]
+        studies |= {run: (recipe.name, describe(run, runs)) for run in runs}
+    runs = in_order(run for recipe in recipes for run in recipe.runs(plan))
+    missing = [run for run in runs if run not in lab.book]
     failed: dict[Run, NotInModel] = {}
     for number, run in enumerate(missing, 1):
         reason = next((failed[needed] for needed in run.needs if needed in failed), None)
