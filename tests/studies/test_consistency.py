@@ -12,7 +12,7 @@ from tests.studies.tiny import PLAN, TINY
 RUN = run_of(PLAN)
 EVERY, SETTLES = (
     "Some positions spike in every text.",
-    "The set of consistent positions settles by about 100 texts.",
+    "The tiers of consistent positions change no more after about 100 texts.",
 )
 
 

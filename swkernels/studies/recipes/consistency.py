@@ -94,7 +94,7 @@ def _in_every(figures: dict) -> Verdict:
 
 def _settles(figures: dict) -> Verdict:
     from_there = [point for point in figures["settling"] if point["samples"] >= SETTLED]
-    claim = f"The set of consistent positions settles by about {SETTLED} texts."
+    claim = f"The tiers of consistent positions change no more after about {SETTLED} texts."
     if len(from_there) < 2 or from_there[0]["samples"] != SETTLED:
         return Verdict(claim, None, f"there are {figures['samples']} only.")
     first, last = from_there[0], from_there[-1]
