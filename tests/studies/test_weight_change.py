@@ -110,6 +110,19 @@ def test_tables_beside_the_published_figures():
     assert groups.rows[9] == ["90 to 100 %", 1.0, 1e-3, "0.1 %"]
 
 
+def test_where_a_weight_was_zero_its_k_does_not_count():
+    plan = PLAN
+    made = {
+        direct.run_of(plan, k): trained(240) | {"change": change(0.08)} for k in plan.budget.counts
+    }
+    changes = dict.fromkeys(map(str, plan.budget.counts), change(0.001))
+    changes["8192"] = change(math.inf, cv=math.nan)
+    figures = {"change": changes, "super_weights": standing(), "update": {"groups": GROUPS}}
+    made[lora.run_of(plan)] = trained(280) | figures
+    one = verdict(section(found(made)), "far more than LoRA")
+    assert one.holds is True and "k = 8,192: 8 % and ∞, no ratio" in one.why
+
+
 def test_a_lora_that_has_no_weight_at_these_places():
     made = page(change(0.08), None)
     assert made.parts[0].rows[5][:3] == ["LoRA, attention, k = 100", None, 0]
