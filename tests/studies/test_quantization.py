@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from swkernels.errors import InvalidInput
+from swkernels.studies.recipe import Verdict
 from swkernels.studies.recipes.quantization import (
     Z,
     blocks_of,
@@ -24,7 +25,7 @@ from swkernels.studies.runs.quantize import CLIP, PLAIN, PRESERVE, quantize
 from swkernels.train.figure import render
 from tests.ops import quant_oracle
 from tests.studies import tiny
-from tests.studies.by_hand import Checkpoint, Made, reading, verdicts
+from tests.studies.by_hand import Checkpoint, Made, reading
 from tests.studies.tiny import PLAN, TINY
 
 SUPER = "model.layers.1.mlp.down_proj"  # [5, 7]
@@ -157,7 +158,7 @@ def cell(extra: list[float] | float, right: float = 0.6) -> dict:
     return figures | {"clip": None, "weights": {"matrices": 1, "elements": 1024, "kept": 0}}
 
 
-def said(plain: list, kept: list, naive=0.5, aside=0.1) -> list[bool | None]:
+def page_of(plain: list, kept: list, naive=0.5, aside=0.1) -> list[Verdict]:
     """The three verdicts, by what is lost in each block and by W8A8."""
     made = {original(PLAN): cell(0.0)}
     for block, one, other in zip(BLOCKS, plain, kept):
@@ -165,7 +166,11 @@ def said(plain: list, kept: list, naive=0.5, aside=0.1) -> list[bool | None]:
         made |= {rounded(PLAN, 4, block, PRESERVE): cell(other)}
     made |= {with_activations(PLAN, "token"): cell(naive)}
     made |= {with_activations(PLAN, "token", True): cell(aside)}
-    return list(verdicts(section(Made(made))).values())
+    return section(Made(made)).verdicts
+
+
+def said(*losses, **more) -> list[bool | None]:
+    return [verdict.holds for verdict in page_of(*losses, **more)]
 
 
 def test_a_contrast_is_a_paired_ratio():
@@ -205,7 +210,18 @@ def test_verdicts():
     assert said(growing, [0.1, 0.2, 1.0, [0.5, 0.9, 0.4, 1.0]])[1] is None  # 2.0 or less?
     assert said(growing[:3] + [NOISY], [0.1, 0.2, 1.0, 0.5])[:2] == [None, None]
     assert said(growing, growing)[0] is None  # no gap at all
+    apart = [1.1, 1.1, 1.1, [1.0, 1.2, 1.15, 1.05]]
+    assert said(apart, [0.1] * 4)[0] is None  # a gap that does not grow
+    assert said(growing[::-1], [0.1] * 4)[0] is False
     assert said(growing[:3] + [math.inf], [0.1, 0.2, 1.1, 0.5])[:2] == [None, None]
+
+
+def test_blocks_are_named():
+    why = page_of([0.1, 0.8, 1.0, 2.0], [0.1, 0.9, 0.3, [0.5, 0.9, 0.4, 1.0]])[1].why
+    assert f"with 4 bits and blocks of 256 it is ×{math.exp(1):.4g} [" in why
+    assert why.endswith(
+        "; usable only when kept: 256; unusable either way: 64; not clear: a whole matrix."
+    )
 
 
 def test_w8a8_recovers():
