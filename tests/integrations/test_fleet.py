@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -290,7 +291,10 @@ def test_a_key_knows_files_and_settings(tmp_path):
     second = key_of(str(model), settings)
     assert second != first
     (model / "config.json").write_text('{"a": 1}')
-    assert key_of(str(model), settings) != second
+    third = key_of(str(model), settings)
+    assert third != second
+    os.utime(model / "config.json", ns=(1, 1))  # as long as before, but written to
+    assert key_of(str(model), settings) != third
 
 
 def test_a_scan_ends_with_its_worker(tmp_path):
