@@ -121,10 +121,20 @@ def test_how_an_estimate_is_written():
 
 
 def test_the_interval_of_a_typical_ratio():
-    """It holds the truth about 95 times in 100, drawn as it is: of positions and inputs."""
+    """It holds the truth most times, although random positions differ by a factor of e."""
     hits = 0
     for seed in range(60):
-        figures = figures_of(6, seed, foretold=(8, 2, 2))
-        found = typical_ratio(Positions.of(figures, "foretold"), "super weight", seed)
+        figures = figures_of(6, seed, foretold=(8, 2, 1.05))
+        values = np.array(figures["foretold"])
+        values[:, 6:] *= np.exp(np.random.default_rng(seed).normal(size=6))
+        positions = Positions.of(figures | {"foretold": values}, "foretold")
+        found = typical_ratio(positions, "super weight", seed)
         hits += found.low <= 4 <= found.high
-    assert 45 <= hits <= 60
+    assert 42 <= hits < 60  # percentiles of six positions are a little too narrow
+
+
+def test_what_is_rounding():
+    """A change between one loss's rounding (1e-8) and that of two is not seen."""
+    figures = figures_of(foretold=(1.3e-8, 1.5e-8, 1), measured=(1e-8, 1e-8, 1))
+    notes = PERTURBATION.section(made_of({bent(tiny.PLAN): figures})).notes
+    assert notes[-1].startswith("100.0 % of the changes at weights and 0.0 % of those at random")
