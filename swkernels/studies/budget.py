@@ -64,7 +64,7 @@ RANKED = 10_000
 SMALL = Budget(
     "small", samples=200, length=128, tokens=4096, window=1024, questions=200,
     train_questions=256, sweep_questions=128, epochs=3, held_out=48, points=3, point_tokens=2048,
-    counts=COUNTS, ranked=RANKED, delta_top=1000, seeds=(42, 43, 44, 45, 46), prompts=50,
+    counts=COUNTS, ranked=RANKED, delta_top=1000, seeds=(42, 43, 44, 45, 46, 47), prompts=50,
     inputs=10, top=6, trials=200, blocks=(64, 256, 1024, 4096, 16384, 65536),
 )  # fmt: skip
 FULL = Budget(
