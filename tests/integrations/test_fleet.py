@@ -42,6 +42,7 @@ if what == "bug":
 (folder / "report.json").write_text(json.dumps({
     "summary": "one", "model": {"parameters": 7}, "candidates": [
         {"verdict": "super weight", "layer": 1, "expert": None, "row": 2, "column": 3},
+        {"verdict": "part of a critical set", "layer": 2, "expert": 0, "row": 5, "column": 6},
         {"verdict": "inert", "layer": 1, "expert": None, "row": 2, "column": 4}]}))
 """
 COMMAND = (sys.executable, "-c", SCAN)
@@ -174,7 +175,7 @@ def test_one_scan(tmp_path, model, status, attempts, error):
     row = run_task(task(tmp_path / "m", model))
     assert (row["status"], row["attempts"], row["error"]) == (status, attempts, error)
     if status == "done":
-        assert row["super_weights"] == [[1, None, 2, 3]] and row["summary"] == "one"
+        assert row["super_weights"] == [[1, None, 2, 3], [2, 0, 5, 6]] and row["summary"] == "one"
         assert row["parameters"] == 7
 
 
