@@ -17,14 +17,13 @@ import warnings
 import torch
 from torch import nn
 
-from swkernels.errors import InvalidInput
 from swkernels.models import find_down_projections
 from swkernels.models.kinds import projection_kind
 from swkernels.models.structure import features
 from swkernels.train import Coordinates, LoraMaskReport, lora_mask_report
 
 from .adapters import Adapted
-from .lab import Lab
+from .lab import Lab, NotInModel
 from .lora_figures import describe
 
 _ATTENTION = {"q", "k", "v", "kv", "qkv", "o"}
@@ -34,13 +33,16 @@ def lora(lab: Lab, model: nn.Module, adapter: dict, seed: int) -> Adapted:
     """Put a LoRA on ``model``; its first values depend on ``seed`` alone.
 
     Raises:
-        InvalidInput: no such modules, or no masked position lies in one.
+        NotInModel: no such modules, or no super weights.
+        InvalidInput: no masked position lies in a module.
     """
     from peft import get_peft_model
 
     from swkernels.integrations.peft import MaskedLoraConfig
 
     shapes = targets(model, adapter["targets"])
+    if "change_at" in adapter["report"]:
+        lab.top(max(adapter["report"]["change_at"]))  # what is told of it at the end must be there
     places = None if adapter["mask"] is None else masked_at(lab, adapter["at"])
     masking = {} if places is None else {
         "coordinates": places, "mask": adapter["mask"], "mask_scale": adapter["scale"],
@@ -95,7 +97,7 @@ def targets(model: nn.Module, role: str) -> dict[str, tuple[int, int]]:
             architecture calls them) or "down_proj".
 
     Raises:
-        InvalidInput: the model has none.
+        NotInModel: it has none.
     """
     if role == "attention":
         names = [n for n, _ in model.named_modules() if projection_kind(n) in _ATTENTION]
@@ -105,7 +107,7 @@ def targets(model: nn.Module, role: str) -> dict[str, tuple[int, int]]:
     shapes = {name: shape for name, shape in shapes.items() if shape is not None}
     if not shapes:
         what = "attention projection" if role == "attention" else "down projection"
-        raise InvalidInput(
+        raise NotInModel(
             f"{type(model).__name__} has no {what} that is a linear layer: LoRA cannot be studied "
             "on it"
         )

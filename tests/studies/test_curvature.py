@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from swkernels.evidence import probe as probing
+from swkernels.studies.lab import NotInModel
 from swkernels.studies.recipes.curvature import CURVATURE
 from swkernels.studies.recipes.positions import bent, exponent
 from swkernels.studies.runs import analyze
+from swkernels.studies.runs.analyze import bend
 from tests.studies import tiny
 from tests.studies.by_hand import made as made_of
 from tests.studies.by_hand import verdicts
@@ -203,3 +206,9 @@ def test_too_little_decides_nothing():
     section = CURVATURE.section(made)
     assert set(verdicts(section).values()) == {None}
     assert "fewer than 5 inputs" in section.verdicts[0].why
+
+
+def test_a_model_of_few_digits_is_refused_at_once(tmp_path):
+    lab = SimpleNamespace(model=SimpleNamespace(dtype=torch.bfloat16))
+    with pytest.raises(NotInModel, match="float32, got torch.bfloat16: give --dtype float32"):
+        bend(lab, {}, tmp_path / "run")

@@ -25,7 +25,7 @@ from swkernels.studies.runs.quantize import CLIP, PLAIN, PRESERVE, quantize
 from swkernels.train.figure import render
 from tests.ops import quant_oracle
 from tests.studies import tiny
-from tests.studies.by_hand import Checkpoint, Made, reading
+from tests.studies.by_hand import Checkpoint, made, reading
 from tests.studies.tiny import PLAN, TINY
 
 SUPER = "model.layers.1.mlp.down_proj"  # [5, 7]
@@ -160,13 +160,13 @@ def cell(extra: list[float] | float, right: float = 0.6) -> dict:
 
 def page_of(plain: list, kept: list, naive=0.5, aside=0.1) -> list[Verdict]:
     """The three verdicts, by what is lost in each block and by W8A8."""
-    made = {original(PLAN): cell(0.0)}
+    cells = {original(PLAN): cell(0.0)}
     for block, one, other in zip(BLOCKS, plain, kept):
-        made |= {rounded(PLAN, 4, block, PLAIN): cell(one)}
-        made |= {rounded(PLAN, 4, block, PRESERVE): cell(other)}
-    made |= {with_activations(PLAN, "token"): cell(naive)}
-    made |= {with_activations(PLAN, "token", True): cell(aside)}
-    return section(Made(made)).verdicts
+        cells |= {rounded(PLAN, 4, block, PLAIN): cell(one)}
+        cells |= {rounded(PLAN, 4, block, PRESERVE): cell(other)}
+    cells |= {with_activations(PLAN, "token"): cell(naive)}
+    cells |= {with_activations(PLAN, "token", True): cell(aside)}
+    return section(made(cells)).verdicts
 
 
 def said(*losses, **more) -> list[bool | None]:
@@ -190,9 +190,9 @@ def test_a_contrast_is_a_paired_ratio():
 
 def test_the_slope_is_that_of_least_squares():
     plain, kept = [0.1, 0.3, 0.4, 1.5], [0.1, 0.2, 0.5, 0.6]
-    made = {rounded(PLAN, 4, b, PLAIN): cell(x) for b, x in zip(BLOCKS, plain)}
-    made |= {rounded(PLAN, 4, b, PRESERVE): cell(x) for b, x in zip(BLOCKS, kept)}
-    verdict = section(Made(made | {original(PLAN): cell(0.0)})).verdicts[0]
+    cells = {rounded(PLAN, 4, b, PLAIN): cell(x) for b, x in zip(BLOCKS, plain)}
+    cells |= {rounded(PLAN, 4, b, PRESERVE): cell(x) for b, x in zip(BLOCKS, kept)}
+    verdict = section(made(cells | {original(PLAN): cell(0.0)})).verdicts[0]
     slope = np.polyfit([4, 6, 8, 10], np.subtract(plain, kept), 1)[0]
     assert f"grows ×{math.exp(slope):.4g} [" in verdict.why
     assert f"it is ×1 [1, 1] in the smallest block and ×{math.exp(0.9):.4g} [" in verdict.why
@@ -230,9 +230,9 @@ def test_w8a8_recovers():
     assert said(blocks, blocks, naive=0.5, aside=0.26)[2] is False
     assert said(blocks, blocks, naive=0.5, aside=[0.1, 0.4, 0.2, 0.3])[2] is None
     assert said(blocks, blocks, naive=[0.1, -0.1, 0.2, 0.0], aside=0.0)[2] is None  # no clear loss
-    made = {original(PLAN): cell(0.0), with_activations(PLAN, "tensor"): cell(0.4)}
-    made |= {with_activations(PLAN, "tensor", True): cell(0.1)}
-    table = section(Made(made)).parts[-1]
+    cells = {original(PLAN): cell(0.0), with_activations(PLAN, "tensor"): cell(0.4)}
+    cells |= {with_activations(PLAN, "tensor", True): cell(0.1)}
+    table = section(made(cells)).parts[-1]
     assert [row[3] for row in table.rows] == [None, None, "75.0 %", None]
 
 
@@ -244,16 +244,16 @@ def test_the_plot_takes_what_is_broken(plain):
 
 
 def test_accuracies_are_compared_on_the_same_questions():
-    made = {original(PLAN): cell(0.0), rounded(PLAN, 4, 16, PLAIN): cell(0.1, 0.5)}
-    made |= {rounded(PLAN, 4, 16, PRESERVE): cell(0.1, 0.75)}
-    row = section(Made(made)).parts[0].rows[1]
+    cells = {original(PLAN): cell(0.0), rounded(PLAN, 4, 16, PLAIN): cell(0.1, 0.5)}
+    cells |= {rounded(PLAN, 4, 16, PRESERVE): cell(0.1, 0.75)}
+    row = section(made(cells)).parts[0].rows[1]
     assert row[:2] == [4, "16"] and row[6].startswith("50.0 %") and row[7].startswith("75.0 %")
     assert row[8].startswith("+25.0 [")
 
 
 def test_what_is_missing_is_left_out():
-    assert section(Made({})) is None
-    found = section(Made({original(PLAN): cell(0.0), rounded(PLAN, 8, 16, PLAIN): cell(0.1)}))
+    assert section(made({})) is None
+    found = section(made({original(PLAN): cell(0.0), rounded(PLAN, 8, 16, PLAIN): cell(0.1)}))
     rows = [row[:2] for row in found.parts[0].rows]
     assert not found.verdicts and rows == [[None, "original"], [8, "16"]]
     assert len({run.key for run in in_order(runs(PLAN))}) == 27  # with the detection

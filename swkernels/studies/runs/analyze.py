@@ -19,7 +19,7 @@ from swkernels.files import read_json, write_atomically
 from swkernels.train import Coordinates
 from swkernels.train.weights import down_projection_weights
 
-from ..lab import Lab
+from ..lab import Lab, NotInModel
 
 DETECTED, LARGEST, RANDOM = "super weight", "largest of a layer", "random"
 
@@ -65,7 +65,15 @@ def bend(lab: Lab, config: dict, path: Path) -> dict:
         ``loss`` and ``rounding`` [N], nats; and [N, Q]: ``amplification`` (M at the column),
         ``gradient``, ``curvature`` (exact), ``differences`` (the estimate of it) with
         ``differences_noise``; ``foretold`` and ``measured`` (change of the loss, nats).
+
+    Raises:
+        NotInModel: no super weights, or a dtype with nothing left to differentiate.
     """
+    if lab.model.dtype not in (torch.float32, torch.float64):
+        raise NotInModel(
+            f"second derivatives need a model in float32, got {lab.model.dtype}: give --dtype "
+            "float32"
+        )
     chosen, special = candidates(lab, config["top"]), lab.super_weights
     ids = _inputs(lab, config["inputs"], config["length"])
     state = path.with_suffix(".json")

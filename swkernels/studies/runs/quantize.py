@@ -11,6 +11,7 @@ from pathlib import Path
 from swkernels.backends.plan import Clip
 from swkernels.detect.perplexity import Perplexity, perplexity, window_of
 from swkernels.errors import InvalidInput
+from swkernels.models import find_down_projections
 from swkernels.quant.config import QuantConfig
 from swkernels.quant.simulate import (
     Simulated,
@@ -19,7 +20,7 @@ from swkernels.quant.simulate import (
     super_channels_of,
 )
 
-from ..lab import Lab
+from ..lab import Lab, NotInModel
 
 PLAIN, CLIP, PRESERVE = METHODS = ("plain", "clip", "preserve")
 
@@ -75,6 +76,11 @@ def _perplexity(lab: Lab, tokens, window: int) -> Perplexity:
     return perplexity(lab.model, tokens, window=window, strict=False, progress=progress)
 
 
+def _check_reachable(lab: Lab) -> None:
+    if any(projection.experts is not None for projection in find_down_projections(lab.model)):
+        raise NotInModel("the inputs of fused experts cannot be reached: no such activations")
+
+
 @contextmanager
 def _quantized(lab: Lab, config: dict, clip: float | None) -> Iterator[Simulated | None]:
     """A context in which the model is that of the cell; it gives what its weights are."""
@@ -91,6 +97,7 @@ def _quantized(lab: Lab, config: dict, clip: float | None) -> Iterator[Simulated
             )
             simulated = stack.enter_context(simulated_weights(lab.model, packing, kept))
         if activations is not None:
+            _check_reachable(lab)
             keep = activations["keep"]
             channels = super_channels_of(lab.model, lab.super_weights) if keep else None
             stack.enter_context(
