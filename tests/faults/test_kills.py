@@ -10,6 +10,7 @@ import signal
 import pytest
 
 from swkernels.detect.state import ScanState
+from swkernels.detect.stream_state import StreamState
 from swkernels.models.safetensors_header import load_header
 from tests.cli.checkpoints import files
 
@@ -29,6 +30,8 @@ SCAN = (
 
 class Scan:
     """A scan that goes on from its state; its report but for the time when it was made."""
+
+    schema = ScanState.SCHEMA
 
     def __init__(self, intact):
         self._fixed = "scan", intact / "model", *SCAN, "--text", intact / "text.txt"
@@ -51,7 +54,22 @@ class Scan:
         if (out / "spikes.png").exists():
             assert b"IEND" in (out / "spikes.png").read_bytes()[-12:]
         if (out / "scan.state").exists():
-            assert load_header(out / "scan.state").metadata["schema"] == ScanState.SCHEMA
+            assert load_header(out / "scan.state").metadata["schema"] == self.schema
+
+
+class Stream(Scan):
+    """The same, layer by layer."""
+
+    schema = StreamState.SCHEMA
+
+    def __init__(self, intact):
+        super().__init__(intact)
+        self._fixed += ("--stream",)
+
+    def result(self, place):
+        report = super().result(place)
+        assert report["model"].pop("streamed")  # what goes on from a state reads and holds less
+        return report
 
 
 class Quantize:
@@ -89,7 +107,7 @@ class GuardCreate:
             assert self.result(place) == expected
 
 
-COMMANDS = [Scan, Quantize, GuardCreate]
+COMMANDS = [Scan, Stream, Quantize, GuardCreate]
 
 
 def killed(server, command, folder, kills: int, seed: int) -> int:
