@@ -58,7 +58,10 @@ def _head(recipes: Sequence[Recipe], book: Book, plan: Plan) -> list[str]:
     others = [record for record in book if record not in shown]
     models = _each(Path(record["model"]).name for record in shown)
     dtypes = _each(record["identity"]["dtype"] for record in shown)
-    places = _each(f"{r['device']} with {r['threads']} threads" for r in shown)
+    places = _each(
+        f"{record['device']} with {record['threads']} thread{'s' * (record['threads'] > 1)}"
+        for record in shown
+    )
     versions = _each(
         f"{name} {version}"
         for record in shown

@@ -144,4 +144,4 @@ def test_plots_take_whatever_there_is():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for part in ({}, {"none": None}, *({label: run} for label, run in runs.items()), runs):
-            assert b"<svg" in render(curves("x", "", part).draw, "svg", 3.4)
+            assert b"<svg" in render(curves("x", found({}), part).draw, "svg", 3.4)

@@ -65,7 +65,7 @@ def test_a_page(book, tmp_path, holds, words):
     path = write_page(tmp_path, [recipe_of("a-study")], book, PLAN)
     text = path.read_text()
     head, overview, part = re.split(r"\n\n## ", text)
-    assert head.startswith("# Studies\n\n**planted** in float32, on cpu with 1 threads.")
+    assert head.startswith("# Studies\n\n**planted** in float32, on cpu with 1 thread.")
     assert "Budget `tiny`, seeds 42, 43, 44; training on ARC-Easy." in head
     assert "2 runs, 2 min in all, with swkernels 0.1.0. Made" in head and "[runs.jsonl](" in head
     assert "more runs" not in head
@@ -109,12 +109,12 @@ def test_one_budget_in_a_folder_of_two(book, tmp_path, monkeypatch):
         add(book, n)
     add(book, 1, plan=full, device="cuda")
     text = study.page_again(tmp_path).read_text()  # that of the last run
-    assert "on cuda with 1 threads. Budget `full`, seeds 1, 2;" in text
+    assert "on cuda with 1 thread. Budget `full`, seeds 1, 2;" in text
     assert (
         "The file holds 2 more runs, of other plans (budget `tiny`): `swkernels study page`" in text
     )
     text = study.page_again(tmp_path, budget="tiny").read_text()
-    assert "on cpu with 1 threads. Budget `tiny`, seeds 42, 43, 44;" in text
+    assert "on cpu with 1 thread. Budget `tiny`, seeds 42, 43, 44;" in text
     assert "The file holds 1 more runs, of other plans (budget `full`)" in text
     text = study.page_again(tmp_path, seeds=(9,)).read_text()
     assert "Budget `full`, seeds 9;" in text and "The file holds 3 more runs" in text

@@ -42,7 +42,7 @@ def section(found: Found) -> Section:
         described(plan),
         [
             training_table(found, runs_done, published, MODELS[plan.task]),
-            curves("direct", "Loss of the training answers; perplexity of the text", runs_done),
+            curves("direct", found, runs_done),
         ],
         collapse(found, runs_done, claim) + explosion(found, runs_done),
         [RANKING, *notes(found, runs_done)],

@@ -48,7 +48,7 @@ def section(found: Found) -> Section:
         described(found.plan),
         [
             training_table(found, done, PUBLISHED[task], MODELS[task]),
-            curves("lora", "Loss of the training answers; perplexity of the text", done),
+            curves("lora", found, done),
         ],
         gain(found, LABEL, done[LABEL], claim),
         [DROPOUT, TRAINED, *notes(found, done)],

@@ -29,7 +29,7 @@ def section(found: Found) -> Section:
         described(found.plan),
         [
             training_table(found, done, PUBLISHED[found.plan.task], ("OLMo-1B",)),
-            curves("lora-down", "Loss of the training answers; perplexity of the text", done),
+            curves("lora-down", found, done),
         ],
         gain(found, LABEL, done[LABEL], claim),
         [DROPOUT, *notes(found, done)],

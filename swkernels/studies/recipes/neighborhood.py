@@ -51,7 +51,7 @@ def section(found: Found) -> Section | None:
                 {"super weights alone": alone, "and their neighbors": around},
                 found,
             ),
-            curves("neighborhood", "Loss of the training answers; perplexity of the text", around),
+            curves("neighborhood", found, around),
         ],
         collapse(found, around, "Training neighborhoods drops accuracy to chance, however large")
         + no_help(found, around, alone),

@@ -53,7 +53,7 @@ def section(found: Found) -> Section | None:
         described(plan),
         [
             training_table(found, drawn, published, ("OLMo-1B",)),
-            curves("random-control", "Loss of the training answers; perplexity of the text", drawn),
+            curves("random-control", found, drawn),
         ],
         no_collapse(found, drawn) + specific(found, *pair.items()),
         [

@@ -14,6 +14,7 @@ from ..recipe import Figure, Found, Table, Verdict
 from .comparing import Accuracy, all_of, fell_to_chance
 from .settings import BASELINE, CHANCE, LEARNING_RATE, PUBLISHED_STEPS, baseline
 
+_FLAT = 1.02  # a ratio of perplexities
 COLORS = (LINE, MARK, MUTED, "#7f9c3b", "#b58900", "#6c71c4")
 EXPLODED, CALM = 10.0, 2.0  # perplexity over that before: no less has exploded, no more has not
 
@@ -66,28 +67,33 @@ def training_table(
     return Table(columns, rows, caption)
 
 
-def curves(name: str, caption: str, runs: Runs) -> Figure:
-    """Training loss by step, and the perplexity of the text along the way."""
+def curves(name: str, found: Found, runs: Runs) -> Figure:
+    """Training loss by step, and the perplexity of the text along the way from before training."""
     done = {label: figures for label, figures in runs.items() if figures}
     colors = {label: COLORS[n % len(COLORS)] for n, label in enumerate(done)}
+    before = found(baseline(found.plan))
+    start = [before["perplexity"]["perplexity"]] if before else []
 
     def draw(figure) -> None:
         left, right = figure.subplots(1, 2)
-        reached = []
+        reached = list(start)
         for label, figures in done.items():
             losses, points = figures["losses"], figures["curve"]
             left.plot(range(1, len(losses) + 1), losses, color=colors[label], lw=1.2, label=label)
-            values = [point["perplexity"] for point in points]
-            steps = [point["step"] for point in points]
+            values = start + [point["perplexity"] for point in points]
+            steps = [0] * len(start) + [point["step"] for point in points]
             right.plot(steps, values, color=colors[label], marker="o", ms=3.5, lw=1.2)
             reached += values
         left.set(xlabel="step", ylabel="training loss, nats")
         right.set(xlabel="step", ylabel="perplexity of the text")
+        finite = [value for value in reached if math.isfinite(value)]
+        if finite and max(finite) < _FLAT * min(finite):  # less is no change to look at
+            right.set_ylim(min(finite) / _FLAT, max(finite) * _FLAT)
         log_where_wide(right, "y", reached)
         if done:
             left.legend(frameon=False, fontsize=8)
 
-    return Figure(name, caption, draw)
+    return Figure(name, "Loss of the training answers; perplexity of the text", draw)
 
 
 def by_size(name: str, caption: str, series: Mapping[str, Runs], found: Found) -> Figure:
