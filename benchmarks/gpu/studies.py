@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu studies [--model MODEL] [--data DIR] [--budget small|full] [-o OUT]
 
-The small budget ends after ten minutes, as by Ctrl-C; the same command goes on. ``--dry`` runs a tiny model on the CPU. See docs/studies.md.
+The small budget ends after ten minutes, as by Ctrl-C; the same command goes on. ``--dry`` runs a
+tiny model on the CPU. See docs/studies.md.
 """
 
 from __future__ import annotations
