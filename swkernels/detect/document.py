@@ -261,8 +261,9 @@ def summarize(candidates: list[dict], sets: list[dict], partial: bool = False) -
     critical = [s for s in sets if s["verdict"] == CRITICAL_SET]
     rest = f"{count(MILD)} mild, {count(INERT)} inert."
     if not count(SUPER_WEIGHT) and not critical:
-        spike = "1 candidate spikes" if len(candidates) == 1 else f"{len(candidates)} candidates spike"
-        return f"{none}: {spike}, none ruins the model; {rest}"
+        one = len(candidates) == 1
+        spiking = f"{len(candidates)} candidate{' spikes' if one else 's spike'}"
+        return f"{none}: {spiking}, none ruins the model; {rest}"
     alone = [_name(c) for c in candidates if c["verdict"] == SUPER_WEIGHT]
     found = [f"{len(alone)} super weight{'s' * (len(alone) != 1)}: {', '.join(alone)}"] * bool(
         alone
