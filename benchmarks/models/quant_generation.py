@@ -10,11 +10,11 @@ from functools import cache
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from benchmarks.case import Case, Error, Provider, peer, relative_error
 from benchmarks.expected import Work, packed_bytes
 from benchmarks.models import smollm2
+from swkernels.detect.loading import quiet
 from swkernels.nn.packed import PackedModule
 from swkernels.quant import QuantConfig, quantize
 from swkernels.quant.model import size_of
@@ -30,10 +30,10 @@ def case(device: torch.device) -> Case:
     """``NEW`` tokens after a prompt of random ones, each provider with a model of its own."""
 
     def load(dtype=DTYPE, **options):
-        logging.disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(
-            smollm2.prepare(), dtype=getattr(torch, dtype), **options
-        )
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                smollm2.prepare(), dtype=getattr(torch, dtype), **options
+            )
         return model.to(device).eval()
 
     @cache

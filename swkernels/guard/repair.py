@@ -158,16 +158,14 @@ def _put_back(path: Path, manifest: Manifest, hits: tuple[Hit, ...]) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     """Copy a file, or a folder without what is hidden in it; links become files."""
-    if source.is_dir():
-        shutil.copytree(
-            source,
-            target,
-            copy_function=_copy_file,
-            ignore=shutil.ignore_patterns(".*", f"*{NAME}"),
-            dirs_exist_ok=True,
-        )
-    else:
-        _copy_file(source, target)
+    if not source.is_dir():
+        return _copy_file(source, target)
+    hidden = shutil.ignore_patterns(".*", f"*{NAME}")
+    try:
+        shutil.copytree(source, target, copy_function=_copy_file, ignore=hidden, dirs_exist_ok=True)
+    except shutil.Error as error:  # a list of (source, target, why), not the error of one file
+        first, _, why = error.args[0][0]
+        raise InvalidInput(f"cannot copy {first}: {why}") from error
 
 
 def _copy_file(source: str | Path, target: str | Path) -> None:

@@ -266,8 +266,9 @@ def _perform(lab: Lab, run: Run, about: dict) -> None:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     lab.book.add(run, about | spent, figures)
-    for left in lab.work.glob(f"{run.key}.*"):  # only now: the run is on the disk
-        left.unlink()
+    for left in lab.work.iterdir():  # only now: the run is on the disk
+        if run.key in left.name:  # also what a kill has left of a file that was written aside
+            left.unlink()
 
 
 def _digest(coordinates: Coordinates) -> str:

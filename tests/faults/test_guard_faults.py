@@ -159,9 +159,9 @@ def test_ctrl_c(go, place, damaged, command):
         if ended.code == 130:
             interrupted += 1
             assert ended.stderr == "swkernels: interrupted\n"
-            assert files(place / "to") == {}
-        else:
+        if ended.code != 130 or files(place / "to"):  # the last moment is after the renaming
             is_whole(place, damaged, command)
+        if ended.code != 130:
             takes = min(takes, ended.seconds)
     assert interrupted
     assert files(place / "model") == before
