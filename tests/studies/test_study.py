@@ -234,3 +234,11 @@ def test_how_long_it_takes(tmp_path):
     assert seconds_left([], book) == 0
     shown = [duration(seconds) for seconds in (0.2, 89, 100, 3600, 9000)]
     assert shown == ["0 s", "89 s", "2 min", "60 min", "2.5 h"]
+
+
+def test_what_a_kill_left_aside_goes_with_its_run(planted, data, tmp_path):
+    run = run_of(tiny.PLAN, 4)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / f".{run.key}.json.x1y2").write_text("[")
+    tiny.run(["direct"], planted, data, tmp_path)
+    assert not (tmp_path / "work").exists()
