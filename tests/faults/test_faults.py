@@ -134,6 +134,7 @@ def test_ctrl_c(go, place, command):
     undisturbed = go(command)
     assert undisturbed.code == 0
     takes = undisturbed.seconds  # or less: the first one may wait for files
+    whole = set(files(place / "to"))
     draw = random.Random(5)
     interrupted = 0
     for number in range(3):
@@ -146,7 +147,7 @@ def test_ctrl_c(go, place, command):
             interrupted += 1
             assert ended.stderr == "swkernels: interrupted\n"
             left = {name for name in files(place / "to") if name != "out/scan.state"}
-            assert not left
+            assert left in (set(), whole)  # the last moment is after everything is written
         else:
             takes = min(takes, ended.seconds)
     assert interrupted
