@@ -83,9 +83,11 @@ def study(
     def load():
         return load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
+    # Records go to others: a folder is known by its name, not by where it is on this machine.
+    name = Path(model).resolve().name if Path(model).exists() else model
     with OutputDirectory(output), studying.kept(), studying.Shown(console) as shown:
         path = studies.study(
-            names, studies.Model(model, load), output, plan, data=found, super_weights=listed,
+            names, studies.Model(name, load), output, plan, data=found, super_weights=listed,
             progress=shown.progress, on_run=shown.begin,
         )  # fmt: skip
     console.print(f"wrote {path}", markup=False, soft_wrap=True)

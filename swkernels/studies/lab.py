@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -107,7 +107,10 @@ class Lab:
         return Yardstick(
             None if window is None else self.tokens(tokens),
             None if window is None else min(window, window_of(self.model)),
-            tasks=[self.data.task(part, limit) for part, limit in (tasks or {}).items()],
+            tasks=[
+                replace(self.data.task(part, limit), source=part)  # a record holds no local path
+                for part, limit in (tasks or {}).items()
+            ],
             tokenizer=self.tokenizer,
             stop_words=stop_words,
             source=TEXT,

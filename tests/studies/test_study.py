@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 from transformers import T5Config, T5ForConditionalGeneration
 
+from swkernels.cli import main
 from swkernels.errors import InvalidInput
 from swkernels.studies import lock, study
 from swkernels.studies.book import RUNS, Book
@@ -242,3 +243,16 @@ def test_what_a_kill_left_aside_goes_with_its_run(planted, data, tmp_path):
     (tmp_path / "work" / f".{run.key}.json.x1y2").write_text("[")
     tiny.run(["direct"], planted, data, tmp_path)
     assert not (tmp_path / "work").exists()
+
+
+def test_records_hold_no_path_of_this_machine(planted, data, tmp_path, capfd):
+    command = ["study", "direct", "--model", str(planted), "--data", str(data)]
+    command += ["--budget", "small", "-o", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "budget_named", lambda name: tiny.TINY)
+        listed = tmp_path / "super-weights.json"
+        tiny.PLANTED.save(listed)
+        assert main([*command, "--super-weights", str(listed)]) == 0
+    records = (tmp_path / RUNS).read_text()
+    assert '"model":"planted"' in records and '"source":"arc/test"' in records
+    assert str(planted.parent) not in records and str(data) not in records
