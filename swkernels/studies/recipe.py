@@ -118,7 +118,7 @@ class Recipe:
         published: where the experiment was published: table and paper.
         shows: what one learns of it, a sentence.
         data: parts of ``data.PARTS`` that it needs; "{task}" stands for the task of the plan.
-        minutes: what the small budget takes on two cores with SmolLM2-135M.
+        minutes: an estimate of what the small budget takes on two cores with SmolLM2-135M.
         runs: the runs of a plan; what they need comes by itself.
         section: what the page says, of the runs that are done; None where that is nothing yet.
         needs_lora: it adapts attention projections, with the library peft.
