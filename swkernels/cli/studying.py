@@ -87,10 +87,10 @@ def show_list(console) -> None:
         table.add_row(recipe.name, shows, str(recipe.minutes), _grouped(recipe.parts(plan)))
     console.print(table)
     console.print(
-        "\nMinutes, an estimate: SmolLM2-135M on two cores with --budget small. Studies share runs, "
-        "so that several take less than their sum. Without --data the data are read from Hugging Face "
-        "(pip install 'swkernels[datasets]'). With --data DIR they are these files, the first of a "
-        "row that is there:\n",
+        "\nMinutes, an estimate: SmolLM2-135M on two cores with --budget small. Studies share "
+        "runs, so that several take less than their sum. Without --data the data are read from "
+        "Hugging Face (pip install 'swkernels[datasets]'). With --data DIR they are these files, "
+        "the first of a row that is there:\n",
         markup=False,
     )
     places = Table(box=None, pad_edge=False)
