@@ -24,7 +24,10 @@ _DATA = typer.Option(
     show_default="Hugging Face data sets",
 )
 _SEEDS = typer.Option(help="Such as 42-51 or 42,43.", show_default="those of the budget")
-_BUDGET = typer.Option(help="small (two cores) or full (a GPU).", show_default="small")
+_BUDGET = typer.Option(
+    help="small (two cores), long (the same, trained as long as published) or full (a GPU).",
+    show_default="small",
+)
 _TASK = typer.Option(help="What is trained on: arc or winogrande.", show_default="arc")
 _DTYPE = typer.Option(help="float32, bfloat16, float16 or auto, the checkpoint's.")
 _SUPER_WEIGHTS = typer.Option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from swkernels.errors import InvalidInput
 
@@ -24,7 +24,8 @@ class Budget:
         held_out: questions of the validation set, for the loss along the way.
         points: how often that loss and a perplexity are measured during training.
         point_tokens: of the text, for the perplexity along the way.
-        counts: k, how many weights are trained; the neighborhoods take the first three.
+        counts: k, how many weights are trained; the neighborhoods take the first three. The third,
+            or the last of fewer, is the one whose random control was published.
         ranked: as many of the largest count as super weights: random controls avoid them, and
             masks lie on them.
         delta_top: as many of the largest updates of a LoRA are frozen in the next.
@@ -57,6 +58,11 @@ class Budget:
     trials: int
     blocks: tuple[int, ...]
 
+    @property
+    def control(self) -> int:
+        """The k whose random control is compared with as many super weights: 4,096."""
+        return self.counts[min(2, len(self.counts) - 1)]
+
 
 COUNTS = (100, 1000, 4096, 8192)
 RANKED = 10_000
@@ -67,6 +73,11 @@ SMALL = Budget(
     counts=COUNTS, ranked=RANKED, delta_top=1000, seeds=(42, 43, 44, 45, 46, 47), prompts=50,
     inputs=10, top=6, trials=200, blocks=(64, 256, 1024, 4096, 16384, 65536),
 )  # fmt: skip
+# As many steps as were published, for the claims that few steps cannot decide.
+LONG = replace(
+    SMALL, name="long", questions=500, train_questions=None, sweep_questions=None,
+    counts=(100, 4096),
+)  # fmt: skip
 FULL = Budget(
     "full", samples=1000, length=128, tokens=None, window=2048, questions=None,
     train_questions=None, sweep_questions=None, epochs=3, held_out=500, points=10,
@@ -74,7 +85,7 @@ FULL = Budget(
     prompts=100, inputs=50, top=24, trials=1000,
     blocks=(64, 256, 1024, 4096, 16384, 65536, 262144, 1048576),
 )  # fmt: skip
-BUDGETS = {budget.name: budget for budget in (SMALL, FULL)}
+BUDGETS = {budget.name: budget for budget in (SMALL, LONG, FULL)}
 
 
 def budget_named(name: str) -> Budget:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swkernels.errors import InvalidInput
-from swkernels.studies.budget import BUDGETS, FULL, SMALL, budget_named, parse_seeds
+from swkernels.studies.budget import BUDGETS, FULL, LONG, SMALL, budget_named, parse_seeds
 from tests.studies.tiny import TINY
 
 ALL_OF_IT = ("tokens", "questions", "train_questions", "sweep_questions")  # may be None
@@ -17,9 +17,11 @@ SEED = st.integers(0, 2**31 - 1)
 
 
 def test_a_name_is_that_of_a_budget():
-    assert {name: budget_named(name) for name in BUDGETS} == {"small": SMALL, "full": FULL}
+    assert {name: budget_named(name) for name in BUDGETS} == {
+        "small": SMALL, "long": LONG, "full": FULL
+    }  # fmt: skip
     assert [b.name for b in BUDGETS.values()] == list(BUDGETS)
-    with pytest.raises(InvalidInput, match="^expected a budget of small, full, got 'large'$"):
+    with pytest.raises(InvalidInput, match="^expected a budget of small, long, full, got 'large'$"):
         budget_named("large")
 
 

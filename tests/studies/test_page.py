@@ -102,9 +102,7 @@ def test_one_budget_in_a_folder_of_two(book, tmp_path, monkeypatch):
     full = Plan(replace(FULL, questions=77), (1, 2))
     monkeypatch.setitem(BUDGETS, "full", full.budget)
     monkeypatch.setitem(BUDGETS, "tiny", tiny.TINY)
-    for name in list(RECIPES):
-        monkeypatch.delitem(RECIPES, name)
-    monkeypatch.setitem(RECIPES, "a", recipe_of("a"))
+    monkeypatch.setattr(study, "RECIPES", {"a": recipe_of("a")})
     for n in (1, 2):
         add(book, n)
     add(book, 1, plan=full, device="cuda")

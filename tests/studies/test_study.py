@@ -128,7 +128,8 @@ def test_what_needs_a_run_that_failed_is_not_tried(planted, data, tmp_path, monk
     first = Run("made up", {"n": 0})
     second = Run("made up", {"n": 1}, (first,))
     recipe = replace(RECIPES["direct"], runs=lambda plan: [second, Run("made up", {"n": 2})])
-    monkeypatch.setitem(RECIPES, "direct", replace(recipe, section=lambda found: None))
+    recipe = replace(recipe, section=lambda found: None)
+    monkeypatch.setattr(study, "RECIPES", {"direct": recipe})
     monkeypatch.setitem(study.KINDS, "made up", perform)
     with pytest.raises(InvalidInput, match=r"^2 runs could not be made \(there is none\)"):
         tiny.run(["direct"], planted, data, tmp_path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from ..recipe import Recipe
 from .amplification import AMPLIFICATION
 from .consistency import CONSISTENCY
@@ -30,4 +33,4 @@ _ALL = (
     LORA_DELTA_FREEZE, SEEDS, WEIGHT_CHANGE, AMPLIFICATION, CURVATURE, PERTURBATION, SUBSPACE,
     QUANTIZATION, SCALING, RESTORE, STOP_WORDS,
 )  # fmt: skip
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
+RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _ALL})

@@ -21,11 +21,6 @@ from .training_views import (
 PUBLISHED = {"arc": {4096: ("64.18 %",)}, "winogrande": {}}
 
 
-def control(plan: Plan) -> int:
-    """The k whose random control was published: 4,096."""
-    return plan.budget.counts[2]
-
-
 def run_of(plan: Plan, k: int) -> Run:
     """Training k weights at random places, none of them among the largest."""
     avoid = plan.budget.ranked
@@ -35,12 +30,12 @@ def run_of(plan: Plan, k: int) -> Run:
 def runs(plan: Plan) -> list[Run]:
     """The controls, and the super weights that the published one is compared with."""
     own = [run_of(plan, k) for k in plan.budget.counts]
-    return [baseline(plan), *own, direct.run_of(plan, control(plan))]
+    return [baseline(plan), *own, direct.run_of(plan, plan.budget.control)]
 
 
 def section(found: Found) -> Section | None:
     plan = found.plan
-    k = control(plan)
+    k = plan.budget.control
     drawn = {f"k = {count:,}": found(run_of(plan, count)) for count in plan.budget.counts}
     if not any(drawn.values()):
         return None
@@ -66,7 +61,8 @@ def section(found: Found) -> Section | None:
 
 def no_collapse(found: Found, drawn: Runs) -> list[Verdict]:
     """Whether no control fell to chance, and whether the published one gained."""
-    base, k, whole = untrained(found), control(found.plan), PUBLISHED_STEPS[found.plan.task]
+    base, k = untrained(found), found.plan.budget.control
+    whole = PUBLISHED_STEPS[found.plan.task]
     if base is None or not all(drawn.values()):
         return []
     states = []

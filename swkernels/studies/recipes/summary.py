@@ -38,7 +38,7 @@ class Method:
 
 def groups(plan: Plan) -> dict[str, list[Method]]:
     """The methods, as the paper groups them."""
-    few, _, many, *_ = plan.budget.counts
+    few, many = plan.budget.counts[0], plan.budget.control
     seed = plan.seed
     return {
         "at super weights": [
