@@ -102,6 +102,12 @@ def predictions(examples: Sequence[Example]) -> int:
     return sum(int((example.labels[1:] != _IGNORED).sum()) for example in examples)
 
 
+def first_prediction(examples: Sequence[Example]) -> int:
+    """The first place of a batch that predicts a token that counts; 0 where none does."""
+    found = [(example.labels[1:] != _IGNORED).nonzero() for example in examples]
+    return min((int(places[0]) for places in found if len(places)), default=0)
+
+
 def _pairs(source: str | Path) -> list[tuple[int, str, str]] | None:
     """Line, prompt and completion of each object; None where the file has texts."""
     if Path(source).suffix.lower() != ".jsonl":

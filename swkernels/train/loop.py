@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import torch
 from swkernels.errors import InvalidInput, TrainingDiverged
 from swkernels.files import write_atomically
 
-from .data import Example, collate, predictions
+from .data import Example, collate, first_prediction, predictions
 
 _SCHEMA = "swkernels.train-state/1"
 _OPTIMIZERS = ("adamw", "adafactor")
@@ -184,7 +185,7 @@ def mean_loss(model: torch.nn.Module, examples: Sequence[Example], batch_size: i
         for first in range(0, len(examples), batch_size):
             part = examples[first : first + batch_size]
             if count := predictions(part):
-                loss = model(**collate(part, device), use_cache=False).loss
+                loss = _loss(model, part, device)
                 total += float(loss.double()) * count
     finally:
         model.train(was_training)
@@ -204,7 +205,7 @@ def _step(model, parameters, optimizer, examples, settings, step, steps) -> floa
         of_part = predictions(part)
         if not of_part:  # the mean over no token is NaN
             continue
-        loss = model(**collate(part, device), use_cache=False).loss * (of_part / count)
+        loss = _loss(model, part, device) * (of_part / count)
         loss.backward()
         total += float(loss.detach().double())
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
@@ -218,6 +219,23 @@ def _step(model, parameters, optimizer, examples, settings, step, steps) -> floa
         group["lr"] = settings.rate(step, steps)
     optimizer.step()
     return total
+
+
+def _loss(model, examples, device) -> torch.Tensor:
+    """The model's own loss: the mean over the predicted tokens.
+
+    Its head is left out before the first of them where the model can do so: of a question with a
+    short answer the head over the vocabulary costs more than a layer does.
+    """
+    batch = collate(examples, device)
+    first = first_prediction(examples)
+    if first and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        places = torch.arange(first, batch["labels"].shape[1], device=device)
+        batch["labels"] = batch["labels"][:, first:]  # [B, S - first]
+        # Places and not their number: a gather is contiguous, and the head one product. Of a slice
+        # that needs a gradient PyTorch makes a batched product, which reads the head B times.
+        batch["logits_to_keep"] = places
+    return model(**batch, use_cache=False).loss
 
 
 def _order(count: int, first: int, size: int, seed: int) -> list[int]:

@@ -12,7 +12,7 @@ from swkernels.errors import InvalidInput, TrainingDiverged
 from swkernels.train import Coordinates, loop, sparse
 from swkernels.train.data import Example, collate, predictions, read_examples
 from swkernels.train.plot import loss_png, running_mean
-from tests.models.tiny import VOCABULARY, tiny_model
+from tests.models.tiny import ARCHITECTURES, MORE_ARCHITECTURES, VOCABULARY, tiny_model
 
 
 class Tokenizer:
@@ -133,6 +133,62 @@ def test_a_step_is_pytorchs_own_whatever_the_split(optimizer):
     again = run(split, model=tiny_model("llama").double(), data=data)
     assert again[0][0] == pytest.approx(losses[0], rel=1e-6)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-9) for a, b in zip(again[1], values))
+
+
+def of_two_last_tokens() -> list[Example]:
+    return [
+        Example(e.ids, torch.where(torch.arange(len(e.ids)) < len(e.ids) - 2, -100, e.ids))
+        for e in examples()
+    ]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "qwen2", "bloom"])
+def test_the_head_is_left_out_where_nothing_is_predicted(architecture):
+    def made():
+        model = tiny_model(architecture)
+        model.config.output_router_logits = architecture == "mixtral"  # a loss beside the tokens'
+        return model
+
+    data, rows = of_two_last_tokens(), []
+    model = made()
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, given, made: rows.append(made.shape[:2].numel())
+    )
+    settings = loop.Settings(
+        steps=1, batch_size=3, accumulate=1, learning_rate=0.01, warmup=0, clip=0.001, seed=4
+    )
+    losses, values, _ = run(settings, model=model, data=data)
+    chosen = sorted((data[n] for n in loop._order(7, 0, 3, 4)), key=lambda e: len(e.ids))
+    least, most = len(chosen[0].ids), len(chosen[-1].ids)
+    # From the place before the first of the two last tokens of the shortest.
+    assert rows == [3 * (most - (least - 3))]
+
+    model = made().train()
+    handle = sparse(model, Coordinates.random(model, 30, seed=1))
+    loss = model(**collate(chosen, torch.device("cpu"))).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(handle.parameters(), 0.001)
+    torch.optim.AdamW(handle.parameters(), lr=0.01, weight_decay=0).step()
+    assert losses[0] == pytest.approx(loss.item(), rel=1e-6)
+    for ours, theirs in zip(values, handle.parameters()):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES | MORE_ARCHITECTURES)
+def test_the_loss_is_the_models_own_whatever_is_left_out(architecture):
+    model, data = tiny_model(architecture), of_two_last_tokens()
+    with torch.no_grad():
+        whole = model(**collate(data, torch.device("cpu")), use_cache=False).loss
+        assert loop._loss(model, data, "cpu").item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_a_model_without_a_choice_of_logits_trains_alike(monkeypatch):
+    whole = run(data=examples())
+    real = loop.inspect.signature
+    monkeypatch.setattr(loop.inspect, "signature", lambda f: real(lambda input_ids: None))
+    again = run(data=examples())
+    assert again[0] == pytest.approx(whole[0], rel=1e-6)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(again[1], whole[1]))
 
 
 def test_every_pass_goes_through_all_the_data_in_another_order():
