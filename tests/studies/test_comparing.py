@@ -10,6 +10,7 @@ import pytest
 from swkernels.studies.recipes.comparing import (
     Accuracy,
     all_of,
+    can_exclude,
     fell_to_chance,
     stands_above_chance,
 )
@@ -48,6 +49,18 @@ def test_the_exact_test_is_over_all_signs():
     sums = [abs(sum(signs)) for signs in itertools.product((-1, 1), repeat=8)]
     share = sum(total >= 4 for total in sums) / len(sums)
     assert first.less(second).p_value == pytest.approx(share)
+
+
+def test_what_no_question_shows_may_still_be():
+    # The chance of none in 150 where 2 % do: 4.8 %; in 149 it is above 4.9 %, of 3 in 150.
+    assert can_exclude(0.02, 150) and not can_exclude(0.02, 149)
+    for count, sure in ((60, True), (59, False)):
+        nothing = of(20, count).less(of(20, count))
+        assert (nothing.low, nothing.high, nothing.count) == (0, 0, count)
+        assert nothing.gains_less_than(0.05) is nothing.loses_less_than(0.05) is sure
+    lost = of(200).less(of(240))
+    assert lost.gains_less_than(0.02) and not lost.loses_less_than(0.05)
+    assert lost.loses_less_than(0.2) and not of(240).less(of(200)).gains_less_than(0.05)
 
 
 def test_few_questions_make_no_gain():

@@ -24,12 +24,12 @@ TOUCHED = {
 }  # fmt: skip
 
 
-def masks(first, by_scale, mask="rows", plan=PLAN):
+def masks(first, by_scale, mask="rows", plan=PLAN, right=BASE, of=QUESTIONS):
     """Section where LoRA has ``first`` right, and each scale of a mask its number."""
-    made = {lora.run_of(plan, sweep=True): trained(first)}
-    for scale, right in by_scale.items():
-        made[lora_mask.run_of(plan, mask, scale)] = trained(right) | {"touched": TOUCHED}
-    return lora_mask.section(found(made, plan=plan))
+    made = {lora.run_of(plan, sweep=True): trained(first, of)}
+    for scale, there in by_scale.items():
+        made[lora_mask.run_of(plan, mask, scale)] = trained(there, of) | {"touched": TOUCHED}
+    return lora_mask.section(found(made, plan=plan, right=right, of=of))
 
 
 def alike(right):
@@ -59,6 +59,11 @@ def test_one_of_many_differences_may_be_large_by_chance():
     # 6 of 400 lost and none gained: p = 0.031 alone, of five runs it is to be expected.
     one = masks(GAIN, alike(GAIN) | {0.2: GAIN - 6}).verdicts[0]
     assert one.holds is None and "p = 0.031" in one.why
+
+
+@pytest.mark.parametrize(("of", "holds"), [(149, None), (150, True)])
+def test_few_questions_do_not_say_that_nothing_differs(of, holds):
+    assert masks(120, alike(120), right=60, of=of).verdicts[0].holds is holds
 
 
 def test_tables_of_masks():

@@ -90,6 +90,13 @@ def test_few_questions_do_not_say_whether_they_help():
     assert verdict(section, "help no more").holds is None  # ten are gained, ten are lost
 
 
+@pytest.mark.parametrize(("of", "holds"), [(59, None), (60, True)])
+def test_few_questions_do_not_say_that_none_is_gained(of, holds):
+    runs = {run: trained(20, of) for run in neighborhood.runs(PLAN)[1:]}
+    section = neighborhood.section(found(runs, right=30, of=of))
+    assert verdict(section, "help no more").holds is holds
+
+
 @pytest.mark.parametrize(("right", "steps", "holds"), [(100, 48, True), (BASE, 48, None)])
 def test_whether_it_collapses(right, steps, holds):
     section = neighborhood.section(made((right,) * 3, (100,) * 3, steps=steps))

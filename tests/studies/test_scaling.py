@@ -54,6 +54,15 @@ def test_a_gain_is_tested_as_often_as_it_was_looked_for():
     assert _said(INTACT, INTACT, 0.6 + 5 / 400)[0] is True
 
 
+def test_the_best_perplexity_is_one_of_four():
+    # Over 4 windows a gain of 5 standard errors: p = 0.015 by Student's t, of four looks 0.06.
+    error, noise = 0.01, (1, -1, 1, -1)
+    large = [loss - 5 * error + error * 3**0.5 * sign for loss, sign in zip(INTACT, noise)]
+    assert _said(INTACT, large, 0.6)[1] is None
+    large = [loss - 7 * error + error * 3**0.5 * sign for loss, sign in zip(INTACT, noise)]
+    assert _said(INTACT, large, 0.6)[1] is True  # p = 0.006 and 0.024
+
+
 def test_what_is_missing_is_left_out():
     figures = {run_of(PLAN, 1.0): reading(INTACT), run_of(PLAN, 2.0): reading(INTACT)}
     said = section(made(figures))

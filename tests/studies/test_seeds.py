@@ -86,6 +86,24 @@ def test_whether_the_mask_makes_a_difference(pairs, holds):
     assert verdict(over(pairs), "makes no difference over seeds").holds is holds
 
 
+@pytest.mark.parametrize(("of", "holds"), [(149, None), (150, True)])
+def test_few_questions_do_not_say_that_nothing_differs(of, holds):
+    made = {}
+    for seed in PLAN.seeds:
+        for run in pair_of(PLAN, seed):
+            made[run] = trained(120, of)
+    said = section(found(made, right=60, of=of))
+    assert verdict(said, "makes no difference").holds is holds
+
+
+@pytest.mark.parametrize(("of", "holds"), [(149, None), (150, True)])
+def test_few_questions_do_not_say_that_predictions_are_identical(of, holds):
+    plan = replace(PLAN, seeds=tuple(range(10)))
+    made = {run: trained(120, of) for seed in plan.seeds for run in pair_of(plan, seed)}
+    said = section(found(made, right=60, of=of, plan=plan))
+    assert verdict(said, "identical predictions").holds is holds
+
+
 def test_five_seeds_cannot_show_a_difference():
     plan = replace(PLAN, seeds=(1, 2, 3, 4, 5))
     made = over([(GAIN, GAIN - 80)] * 5, plan)

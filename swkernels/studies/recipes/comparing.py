@@ -40,7 +40,11 @@ class Accuracy:
         gained, lost = pairs.count((True, False)), pairs.count((False, True))
         low, high = bootstrap.paired_interval(gained, lost, len(pairs))
         return Difference(
-            (gained - lost) / len(pairs), low, high, bootstrap.sign_test(gained, lost)
+            (gained - lost) / len(pairs),
+            low,
+            high,
+            bootstrap.sign_test(gained, lost),
+            len(pairs),
         )
 
     def __str__(self) -> str:
@@ -54,12 +58,14 @@ class Difference:
     Attributes:
         value, low, high: a share of the questions, with its 95 % interval.
         p_value: of the exact sign test (McNemar).
+        count: of the questions.
     """
 
     value: float
     low: float
     high: float
     p_value: float
+    count: int
 
     @property
     def is_gain(self) -> bool:
@@ -76,9 +82,26 @@ class Difference:
         """Whether it is one of the two."""
         return self.is_gain or self.is_loss
 
+    def gains_less_than(self, margin: float) -> bool:
+        """Whether a gain of ``margin`` can be excluded."""
+        return self.high < margin and can_exclude(margin, self.count)
+
+    def loses_less_than(self, margin: float) -> bool:
+        """Whether a loss of ``margin`` can be excluded."""
+        return self.low > -margin and can_exclude(margin, self.count)
+
     def __str__(self) -> str:
         points = f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
         return f"{points} points, p = {self.p_value:.2g}"
+
+
+def can_exclude(share: float, count: int) -> bool:
+    """Whether what is seen in none of ``count`` questions is rarer than ``share`` in all.
+
+    The rule of three: 3 in as many still may, with 95 % confidence. An interval that is drawn from
+    questions of which none differs has no width and does not know that.
+    """
+    return count * share >= 3
 
 
 def fell_to_chance(accuracy: Accuracy, base: Accuracy, chance: float) -> bool | None:

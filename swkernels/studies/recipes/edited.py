@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from swkernels.detect.evaluate import exp
 from swkernels.detect.scan import ScanConfig
-from swkernels.evidence.student import quantile
+from swkernels.evidence.student import COVERAGE, quantile
 
 from ..data import NAMES, TEXT
 from ..lab import DETECT
@@ -20,7 +20,6 @@ from .comparing import Accuracy, Difference
 DATA = (TEXT, *NAMES)
 HARMLESS = ScanConfig.mild_ratio  # a perplexity times less is no loss; docs/detection.md
 POINTS = 0.05  # of accuracy: the least that zeroing cost in Table 8 is 5.2 points
-LEAST_QUESTIONS = round(3 / POINTS)  # rule of three: where none differs, 3 in as many still may
 
 
 def reading(
@@ -85,9 +84,10 @@ class Ratio:
         return 0 < self.low and self.high < math.inf
 
     @classmethod
-    def of_logarithm(cls, mean: float, error: float, windows: int) -> Ratio:
-        """exp(mean), by the standard error of ``mean``."""
-        width = quantile(windows - 1) * error if windows > 1 else math.inf
+    def of_logarithm(cls, mean: float, error: float, windows: int, looks: int = 1) -> Ratio:
+        """exp(mean), by the standard error of ``mean``; ``looks`` as in ``of``."""
+        within = 1 - (1 - COVERAGE) / looks
+        width = quantile(windows - 1, within) * error if windows > 1 else math.inf
         return cls(exp(mean), exp(mean - width), exp(mean + width))
 
     @classmethod
@@ -102,8 +102,13 @@ class Ratio:
         return cls.of_logarithm(math.log(ratio), error, n)
 
     @classmethod
-    def of(cls, figures: dict, other: dict) -> Ratio:
-        """The perplexity of a reading over that of another, from losses of the same windows."""
+    def of(cls, figures: dict, other: dict, looks: int = 1) -> Ratio:
+        """The perplexity of a reading over that of another, from losses of the same windows.
+
+        Args:
+            looks: of how many ratios this is the one that was chosen after the fact: the interval
+                is so much wider that all of them hold at once (Bonferroni).
+        """
         ours, theirs = figures["perplexity"], other["perplexity"]
         counts, n = ours["tokens"], len(ours["tokens"])
         by_window = [a - b for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
@@ -112,7 +117,7 @@ class Ratio:
         mean = sum(by_window) / sum(counts)
         squares = sum((d - mean * c) ** 2 for d, c in zip(by_window, counts))
         error = math.sqrt(n / (n - 1) * squares) / sum(counts) if n > 1 else math.inf
-        return cls.of_logarithm(mean, error, n)
+        return cls.of_logarithm(mean, error, n, looks)
 
     def __str__(self) -> str:
         return f"×{cell(self.value)} [{cell(self.low)}, {cell(self.high)}]"
@@ -125,12 +130,10 @@ class Change:
     Attributes:
         perplexity: over the other's.
         accuracy: of each task, less the other's, on the same questions.
-        questions: of the task that has the fewest.
     """
 
     perplexity: Ratio
     accuracy: dict[str, Difference]
-    questions: int
 
     @classmethod
     def of(cls, figures: dict, other: dict) -> Change:
@@ -139,8 +142,7 @@ class Change:
             for found in (figures, other)
         )
         accuracy = {task: ours[task].less(theirs[task]) for task in ours}
-        questions = min((len(a.correct) for a in ours.values()), default=0)
-        return cls(Ratio.of(figures, other), accuracy, questions)
+        return cls(Ratio.of(figures, other), accuracy)
 
     @property
     def harmless(self) -> bool | None:
@@ -149,8 +151,7 @@ class Change:
         tasks = self.accuracy.values()
         if low > HARMLESS or any(d.is_loss and d.high < -POINTS for d in tasks):
             return False
-        enough = self.questions >= LEAST_QUESTIONS
-        return True if high < HARMLESS and enough and all(map(kept, tasks)) else None
+        return True if high < HARMLESS and tasks and all(map(kept, tasks)) else None
 
     def __str__(self) -> str:
         tasks = (f"{task} {difference}" for task, difference in self.accuracy.items())
@@ -158,8 +159,8 @@ class Change:
 
 
 def kept(difference: Difference) -> bool:
-    """Whether less than ``POINTS`` are lost, with the whole interval."""
-    return difference.low > -POINTS
+    """Whether less than ``POINTS`` are lost."""
+    return difference.loses_less_than(POINTS)
 
 
 def together(figures: dict) -> Accuracy:

@@ -44,7 +44,9 @@ def same(found: Found, vanilla: dict | None, differences: Mapping[str, Differenc
     """
     if any(d.p_value * len(differences) < LEVEL for d in differences.values()):
         return False
-    near = all(max(-d.low, d.high) <= MARGIN for d in differences.values())
+    near = all(
+        d.gains_less_than(MARGIN) and d.loses_less_than(MARGIN) for d in differences.values()
+    )
     return True if near and has_effect(found, vanilla) else None
 
 

@@ -67,7 +67,10 @@ def no_help(found: Found, around: Runs, alone: Runs) -> list[Verdict]:
         label: Accuracy.of(around[label]["choices"]).less(Accuracy.of(alone[label]["choices"]))
         for label in around
     }
-    states = [False if gap.is_gain else True if gap.high < HELP else None for gap in gaps.values()]
+    states = [
+        False if gap.is_gain else True if gap.gains_less_than(HELP) else None
+        for gap in gaps.values()
+    ]
     why = "; ".join(f"{label} {gap}" for label, gap in gaps.items())
     claim = "Neighborhoods help no more than isolated weights"
     return [

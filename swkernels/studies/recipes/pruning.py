@@ -135,9 +135,8 @@ def _verdicts(done: dict[str, dict]) -> list[Verdict]:
 def _collapse(change: Change) -> list[Verdict]:
     claim = "Zeroing the super weights raises perplexity by orders of magnitude."
     verdicts = [Verdict(claim, _collapsed(change.perplexity), f"{change.perplexity}.")]
-    enough = change.questions >= edited.LEAST_QUESTIONS
     for task, lost in change.accuracy.items():
-        holds = True if lost.is_loss else False if enough and edited.kept(lost) else None
+        holds = True if lost.is_loss else False if edited.kept(lost) else None
         claim = f"Zeroing the super weights lowers the accuracy on {task}."
         verdicts.append(Verdict(claim, holds, f"{lost}."))
     return verdicts

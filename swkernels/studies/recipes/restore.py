@@ -77,7 +77,7 @@ def _by_perplexity(figures: dict) -> Verdict:
 def _by_accuracy(figures: dict) -> Verdict:
     intact, gone, back = (together(figures[kind]) for kind in _LABELS)
     gained, left = back.less(gone), back.less(intact)
-    if gained.is_loss or (edited.kept(left) and len(back.correct) >= edited.LEAST_QUESTIONS):
+    if gained.is_loss or edited.kept(left):
         holds = False
     else:
         holds = True if gained.is_gain and left.is_loss else None

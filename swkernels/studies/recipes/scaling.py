@@ -43,7 +43,7 @@ def section(found: Found) -> Section | None:
             "with a factor near 1.5 to 2: far fewer questions than are needed to see such a gain "
             "leave it undecided. The factors of OLMo-1B are a replication's.",
             "The best of several factors is chosen among them after the fact: its p-value is "
-            "multiplied by their number.",
+            "multiplied by their number, and the interval of its perplexity is as much wider.",
         ],
     )
 
@@ -99,7 +99,8 @@ def _best_accuracy(done: dict[float, dict]) -> Verdict:
 
 
 def _best_perplexity(done: dict[float, dict]) -> Verdict:
-    ratios = {factor: Ratio.of(figures, done[1]) for factor, figures in done.items() if factor > 1}
+    above = [factor for factor in done if factor > 1]
+    ratios = {factor: Ratio.of(done[factor], done[1], len(above)) for factor in above}
     best = min(ratios, key=lambda factor: ratios[factor].value)
     if ratios[best].high < 1:
         holds = True
@@ -108,7 +109,8 @@ def _best_perplexity(done: dict[float, dict]) -> Verdict:
     return Verdict(
         "A factor above 1 is best for the perplexity.",
         holds,
-        f"with ×{best:g}, the best above 1, perplexity {ratios[best]}.",
+        f"with ×{best:g}, the best above 1, perplexity {ratios[best]}, an interval for the best of "
+        f"{len(above)}.",
     )
 
 
