@@ -135,7 +135,10 @@ def page(found: Iterable[Record], folder: Path = FOLDER) -> str:
     parts = [
         "# Evidence",
         "What was published about super weights, repeated on a model at hand, from the records in "
-        "`benchmarks/results/evidence/`. Made by `python -m benchmarks.models.evidence`.",
+        "`benchmarks/results/evidence/`. Made by `python -m benchmarks.models.evidence`: each part "
+        "is what one command says of single weights. The papers' experiments, those with training "
+        "among them, are `swkernels study`; its page of this model is "
+        "[studies/README.md](studies/README.md).",
     ]
     for record in found:
         title, words = PARTS[record.part]

@@ -1,6 +1,6 @@
 """All studies on a GPU: ``make gpu-studies``.
 
-    python -m benchmarks.gpu studies [--model MODEL] [--data DIR] [--budget small|full] [-o OUT]
+    python -m benchmarks.gpu studies [--model MODEL] [--data DIR] [--budget NAME] [-o OUT]
 
 The small budget ends after ten minutes, as by Ctrl-C; the same command goes on. ``--dry`` runs a
 tiny model on the CPU. See docs/studies.md.
@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu.context import ROOT
+from swkernels.studies.budget import BUDGETS
 
-_MINUTES = {"small": 10.0, "full": 0.0}  # 0: as long as it takes
+_MINUTES = {"small": 10.0}  # others: as long as it takes
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -48,13 +49,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("studies", nargs="*", default=["all"], help="default: all")
     parser.add_argument("--model", help="default: SmolLM2-135M-Instruct, as make demo has it")
     parser.add_argument("--data", help="see swkernels study list; default: Hugging Face")
-    parser.add_argument("--budget", choices=_MINUTES, default="small")
+    parser.add_argument("--budget", choices=BUDGETS, default="small")
     parser.add_argument("--minutes", type=float, help="0: as long as it takes")
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("-o", dest="output", type=Path, default=ROOT / "build" / "gpu-studies")
     options = parser.parse_args(arguments)
     if options.minutes is None:
-        options.minutes = _MINUTES[options.budget]
+        options.minutes = _MINUTES.get(options.budget, 0.0)
     return options
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from swkernels.detect.samples import Runner, as_samples, check_vocabulary, evaluating
 from swkernels.train import Coordinates, Site
-from swkernels.train.figure import LINE, MARK, log_where_wide
+from swkernels.train.figure import LINE, MARK, legend_above, log_where_wide
 from swkernels.train.sites import find_targets
 from swkernels.train.weights import down_projection_weights
 
@@ -148,8 +148,8 @@ class Amplification(Result):
         log_where_wide(axes, "y", [value for value in (*top, *mean, *means) if value > 0])
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(True, axis="y", color="#dde2e7", linewidth=0.8)
-        axes.legend(frameon=False, fontsize=7)
-        axes.set_title(FORMULA, fontsize=8)
+        legend_above(axes)
+        axes.set_title(FORMULA, fontsize=8, pad=20)  # above the legend
 
 
 def amplification(

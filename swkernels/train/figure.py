@@ -58,3 +58,14 @@ def log_where_wide(axes, direction: str, values: Iterable[float]) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 200 else (1,), numticks=9))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
+
+
+def legend_above(axes) -> None:
+    """Put the legend above the axes, where it hides nothing, in as few rows as fit."""
+    handles, labels = axes.get_legend_handles_labels()
+    characters = 120 / axes.get_gridspec().ncols  # that fit beside each other
+    longest = max(map(len, labels), default=0) + 6  # the line before a label
+    axes.legend(
+        handles, labels, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8,
+        ncols=max(1, min(len(labels), int(characters / longest))), columnspacing=1.4,
+    )  # fmt: skip

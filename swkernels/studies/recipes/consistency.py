@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from swkernels.detect.consistency import TIERS
-from swkernels.train.figure import LINE, MARK, MUTED
+from swkernels.train.figure import LINE, MARK, MUTED, legend_above
 
 from ..data import TEXT
 from ..recipe import Figure, Found, Plan, Recipe, Section, Table, Verdict
@@ -75,7 +75,7 @@ def _draw(figures: dict):
         axes.axvline(SETTLED, color=MUTED, lw=1, ls=":")
         axes.set(xscale="log", xlabel="pieces of text", ylabel="positions", ylim=(0, None))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.legend(frameon=False, fontsize=8)
+        legend_above(axes)
 
     return draw
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from swkernels.evidence.analyze import PUBLISHED
-from swkernels.train.figure import LINE, MARK, MUTED, log_where_wide
+from swkernels.train.figure import LINE, MARK, MUTED, legend_above, log_where_wide
 
 from ..data import TEXT
 from ..page import percent
@@ -186,7 +186,7 @@ def _scaling(in_row: dict):
         axes.set(xlabel="ratio of M", ylabel="ratio of |d2L/dw2|")
         for direction, shown in (("x", bases), ("y", sizes)):
             log_where_wide(axes, direction, shown[shown > 0].tolist())
-        axes.legend(frameon=False, fontsize=8)
+        legend_above(axes)
 
     return draw
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from swkernels.train.figure import INK, LINE, MARK, MUTED, log_where_wide
+from swkernels.train.figure import INK, LINE, MARK, MUTED, legend_above, log_where_wide
 
 from ..recipe import Figure
 
@@ -38,7 +38,7 @@ def histogram(
         log_where_wide(axes, "x", bins.tolist())
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="ratio to a random position of the same matrix", ylabel="inputs and pairs")
-        axes.legend(frameon=False, fontsize=8)
+        legend_above(axes)
 
     return Figure(name, caption, draw)
 

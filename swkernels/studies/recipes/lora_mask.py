@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from swkernels.train.figure import LINE, MARK, MUTED
+from swkernels.train.figure import LINE, MARK, MUTED, legend_above
 
 from ..page import percent
 from ..recipe import Figure, Found, Plan, Recipe, Section, Table, Verdict
@@ -124,7 +124,7 @@ def _figure(found: Found, first: dict, masked: dict) -> Figure:
         if base:
             axes.axhline(100 * base.value, color=MUTED, lw=1, ls="--", label="no training")
         axes.set(xlabel="scale s of the masked updates", ylabel="accuracy, %")
-        axes.legend(frameon=False, fontsize=8)
+        legend_above(axes)
 
     return Figure("lora-mask", "Accuracy by scale and mask, with 95 % intervals", draw)
 

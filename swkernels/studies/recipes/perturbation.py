@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from swkernels.evidence.analyze import PUBLISHED
-from swkernels.train.figure import LINE, MARK, MUTED, log_where_wide
+from swkernels.train.figure import LINE, MARK, MUTED, legend_above, log_where_wide
 
 from ..data import TEXT
 from ..page import percent
@@ -125,7 +125,7 @@ def _agreement(figures: dict):
         ends = [shown.min(), shown.max()]
         axes.plot(ends, ends, color=MUTED, lw=1, ls=":", label="as foretold")
         axes.set(xlabel="foretold |change of the loss|, nats", ylabel="measured, nats")
-        axes.legend(frameon=False, fontsize=8)
+        legend_above(axes)
 
     return draw
 

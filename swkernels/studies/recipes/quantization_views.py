@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from swkernels.train.figure import INK, LINE, MARK, MUTED, log_where_wide
+from swkernels.train.figure import INK, LINE, MARK, MUTED, legend_above, log_where_wide
 
 from ..page import cell, percent
 from ..recipe import Figure, Table, Verdict
@@ -145,7 +145,7 @@ def block_figure(cells: Cells, blocks: Sequence[int | str], intact: dict) -> Fig
             log_where_wide(axes, "x", [size for line in lines for size in line.get_xdata()])
             log_where_wide(axes, "y", [v for line in lines for v in line.get_ydata() if v > 0])
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(frameon=False, fontsize=8)
+                legend_above(axes)
 
     caption = "Perplexity by block size (dashed: the original), and plain over kept with 95 %."
     return Figure("quantization", caption, draw)

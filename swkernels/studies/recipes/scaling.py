@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from swkernels.evidence.scale import FACTORS
-from swkernels.train.figure import LINE, MARK, MUTED, log_where_wide
+from swkernels.train.figure import LINE, MARK, MUTED, legend_above, log_where_wide
 
 from ..recipe import Figure, Found, Plan, Recipe, Section, Table, Verdict
 from ..run import Run
@@ -76,7 +76,7 @@ def _draw(figure, done: dict[float, dict]) -> None:
             label=task,
         )  # fmt: skip
     right.set(xlabel="factor", ylabel="right answers, %")
-    right.legend(frameon=False, fontsize=8)
+    legend_above(right)
 
 
 def _best_accuracy(done: dict[float, dict]) -> Verdict:

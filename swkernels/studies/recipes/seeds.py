@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from swkernels.train.figure import LINE, MARK, MUTED
+from swkernels.train.figure import LINE, MARK, MUTED, legend_above
 
 from ..page import percent
 from ..recipe import Figure, Found, Plan, Recipe, Section, Table, Verdict
@@ -143,7 +143,7 @@ def _figure(found: Found, pairs: dict) -> Figure:
             axes.axhline(100 * base.value, color=MUTED, lw=1, ls="--", label="no training")
         axes.set_xticks(range(len(pairs)), [str(seed) for seed in pairs])
         axes.set(xlabel="seed", ylabel="accuracy, %")
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        legend_above(axes)
 
     return Figure("seeds", "Accuracy by seed", draw)
 

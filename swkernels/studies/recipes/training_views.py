@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from swkernels.train.figure import LINE, MARK, MUTED, log_where_wide
+from swkernels.train.figure import LINE, MARK, MUTED, legend_above, log_where_wide
 
 from ..page import percent
 from ..recipe import Figure, Found, Table, Verdict
@@ -91,7 +91,7 @@ def curves(name: str, found: Found, runs: Runs) -> Figure:
             right.set_ylim(min(finite) / _FLAT, max(finite) * _FLAT)
         log_where_wide(right, "y", reached)
         if done:
-            left.legend(frameon=False, fontsize=8)
+            legend_above(left)
 
     return Figure(name, "Loss of the training answers; perplexity of the text", draw)
 
@@ -121,7 +121,7 @@ def by_size(name: str, caption: str, series: Mapping[str, Runs], found: Found) -
         axes.axhline(100 * chance, color=MUTED, lw=1, ls=":", label="chance")
         log_where_wide(axes, "x", sizes)
         axes.set(xlabel="values trained", ylabel="accuracy, %")
-        axes.legend(frameon=False, fontsize=8)
+        legend_above(axes)
 
     return Figure(name, caption, draw)
 
