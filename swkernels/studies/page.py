@@ -157,8 +157,10 @@ def cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        if not math.isfinite(value):
-            return "∞" if value > 0 else str(value)
+        if math.isnan(value):
+            return "undefined"
+        if math.isinf(value):
+            return "∞" if value > 0 else "-∞"
         return f"{value:,.3g}" if abs(value) >= 1e5 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
