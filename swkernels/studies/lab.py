@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -51,6 +51,7 @@ class Lab:
     given: Coordinates | None = None
     progress: Progress = silent
     name: str = ""
+    _tokens: dict[int | None, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def figures(self, run: Run | str) -> dict:
         """What a run, or that of a key, found that the one at work needs."""
@@ -92,8 +93,10 @@ class Lab:
             count -= len(found) - k  # one less adds one less at most: k is not passed
 
     def tokens(self, most: int | None) -> torch.Tensor:
-        """The first ``most`` tokens of the text, int64 [N]."""
-        return tokens_of(self.data.text, self.tokenizer, most)
+        """The first ``most`` tokens of the text, int64 [N]; None takes all."""
+        if most not in self._tokens:  # a long text takes seconds, and every run asks
+            self._tokens[most] = tokens_of(self.data.text, self.tokenizer, most)
+        return self._tokens[most]
 
     def yardstick(
         self,

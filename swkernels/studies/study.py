@@ -30,6 +30,7 @@ from .page import write_page
 from .recipe import Plan, Recipe
 from .recipes import RECIPES
 from .run import Run, in_order
+from .runs.quantize import check_text
 from .words import describe, seconds_left
 
 WORK = "work"
@@ -122,7 +123,7 @@ def study(
         on_run: called before each run.
 
     Raises:
-        InvalidInput: a study, data or a model that cannot be used, before anything is trained; a
+        InvalidInput: a study, data or a model that cannot be used, before anything is measured; a
             folder with runs of another model or other data, or one that another process works in;
             or, when everything else is done, runs for which the model has no super weights.
     """
@@ -157,6 +158,7 @@ def study(
             "seeds": list(plan.seeds),
             "task": plan.task,
         }
+        _check_text(lab, recipes, plan)
         failed = _perform_all(lab, recipes, plan, about, on_run)
         path = write_page(output, list(RECIPES.values()), book, plan)
     if failed:
@@ -274,6 +276,14 @@ def _perform(lab: Lab, run: Run, about: dict) -> None:
 def _digest(coordinates: Coordinates) -> str:
     listed = {str(site): pairs.tolist() for site, pairs in coordinates.weights.items()}
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+
+
+def _check_text(lab: Lab, recipes: Sequence[Recipe], plan: Plan) -> None:
+    """Refuse a text that is too short for one of the runs before the first of them."""
+    runs = [run for recipe in recipes for run in recipe.runs(plan) if run.kind == "quantize"]
+    first = max((run.config["clip_tokens"] for run in runs), default=None)
+    if first is not None:
+        check_text(lab.tokens(first + 2), first)
 
 
 def _check_model(model: nn.Module, recipes: Sequence[Recipe]) -> None:

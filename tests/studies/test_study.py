@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,16 @@ def test_a_model_that_does_not_go_on_with_a_text(data, tmp_path):
     with pytest.raises(InvalidInput, match="an encoder and a decoder"):
         study.study(["direct"], model, tmp_path, tiny.PLAN, data=Data(data))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_text_that_is_too_short_is_told_before_anything_is_measured(planted, data, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    (text,) = folder.rglob("*.txt")
+    text.write_text(text.read_text()[:60])
+    began = []
+    with pytest.raises(InvalidInput, match="expected 64 to choose a clip on"):
+        tiny.run(["direct", "quantization"], planted, folder, tmp_path / "out", on_run=began.append)
+    assert not began and not Book(tmp_path / "out" / RUNS)
 
 
 def test_too_few_seeds(monkeypatch):

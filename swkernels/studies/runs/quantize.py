@@ -8,6 +8,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from swkernels.backends.plan import Clip
 from swkernels.detect.perplexity import Perplexity, perplexity, window_of
 from swkernels.errors import InvalidInput
@@ -42,11 +44,7 @@ def quantize(lab: Lab, config: dict, path: Path) -> dict:
     window = min(config["window"], window_of(lab.model))
     first, tokens = config["clip_tokens"], config["tokens"]
     text = lab.tokens(None if tokens is None else first + tokens)
-    if len(text) < first + 2:
-        raise InvalidInput(
-            f"the text has {len(text)} tokens: expected {first} to choose a clip on, and more to "
-            "measure"
-        )
+    check_text(text, first)
 
     def loss(clip: float | None) -> float:
         with _quantized(lab, config, clip):
@@ -68,6 +66,19 @@ def quantize(lab: Lab, config: dict, path: Path) -> dict:
         "clip": clip,
         "weights": None if weights is None else asdict(weights),
     }
+
+
+def check_text(text: torch.Tensor, first: int) -> None:
+    """Refuse a text [N] with less than ``first`` tokens to choose a clip on, and two to measure.
+
+    Raises:
+        InvalidInput: so it is.
+    """
+    if len(text) < first + 2:
+        raise InvalidInput(
+            f"the text has {len(text):,} tokens: expected {first:,} to choose a clip on, and more "
+            "to measure; give a longer text"
+        )
 
 
 def _perplexity(lab: Lab, tokens, window: int) -> Perplexity:
