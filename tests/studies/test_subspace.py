@@ -16,6 +16,7 @@ from tests.studies.by_hand import verdicts
 
 MEAN = "The mean of |dW| is alpha sigma_B sigma_A sqrt(2 / pi) (equation 10)."
 VARIANCE = "The variance of dW is alpha^2 sigma_B^2 sigma_A^2 / r (equation 11)."
+BATCH = "Averaging over a batch preserves the suppression by 1/M."
 BOUND = "No entry of dW exceeds its bound (Proposition 3)."
 
 
@@ -146,7 +147,9 @@ def test_figures_and_page(studied):
     assert "Erratum to equation 10" in section
     listed = verdicts(SUBSPACE.section(made_of({run_of(tiny.PLAN): figures})))
     assert listed.pop(MEAN) is False
-    assert all(listed.values()) and len(listed) == 7
+    assert listed.pop(BATCH) is False
+    assert all(listed.values()) and len(listed) == 6
+    assert "after 1 step; " in section and "after 100 steps;" in section
 
 
 def changed(figures: dict, name: str, **change) -> dict[str, bool | None]:
@@ -166,11 +169,33 @@ def changed(figures: dict, name: str, **change) -> dict[str, bool | None]:
         ("sizes", {"variance": 1.0}, VARIANCE),
         ("newton", {"farthest": 0.1}, "A diagonal Newton step is 1/M as large at a super weight "
          "(Theorem 1), for one input."),
-        ("adam", {"ratio": 1.5}, "Adam's steps are about equal at all positions."),
+        ("adam", {"ratio": 1.5}, "Adam's steps are about equal at all positions, for one input."),
     ],
 )  # fmt: skip
 def test_what_does_not_hold(studied, name, change, claim):
     assert changed(studied[0], name, **change)[claim] is False
+
+
+@pytest.mark.parametrize(
+    "low, high, holds",
+    [(0.6, 1.9, True), (0.17, 11.0, False), (0.6, 2.5, False), (0.4, 1.5, False)],
+)
+def test_what_a_batch_preserves(studied, low, high, holds):
+    """A range that is far from 1, though below M, is not 1/M."""
+    figures = studied[0]
+    one, many = figures["newton"]
+    rows = [one, many | {"low": low, "median": 1.35, "high": high}]
+    section = SUBSPACE.section(made_of({run_of(tiny.PLAN): figures | {"newton": rows}}))
+    (verdict,) = (verdict for verdict in section.verdicts if verdict.claim == BATCH)
+    assert verdict.holds is holds
+    assert f"1.4 in the median, {low:.2g} to {high:.2g} in 90 % of the problems" in verdict.why
+    assert "does not depend on M" in verdict.why
+
+
+def test_the_scatter_over_a_batch_does_not_depend_on_how_far_the_channel_stands_out():
+    few, many = (propositions.newton_ratios(M, 6, 16, 50, seed=4) for M in (10.0, 1000.0))
+    assert few == pytest.approx(many, rel=1e-6)
+    assert min(few) < 0.5 and max(few) > 2
 
 
 def test_the_published_mean_would_hold(studied):
