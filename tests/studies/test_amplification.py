@@ -120,6 +120,8 @@ def made(layers, super_weight, largest=(3.0,) * 8, random=(1.5,) * 8) -> dict[st
 TYPICAL = (6.0, 7.0, 8.0, 6.5, 7.5, 7.0, 8.0, 6.0)
 WIDE = (1.0, 30.0, 2.0, 1.0, 1.0, 20.0, 2.0, 1.0)
 SMALL = (0.5, 0.4, 0.6, 0.5, 0.5, 0.4, 0.6, 0.5)
+LARGE = (40.0,) * 8
+LAYERS = "The mean M of most layers is 5 to 10."
 EDGE = (0.5, 1.6, 0.6, 1.5, 0.5, 1.4, 0.6, 1.5)
 
 
@@ -128,12 +130,20 @@ EDGE = (0.5, 1.6, 0.6, 1.5, 0.5, 1.4, 0.6, 1.5)
     [
         ([TYPICAL, TYPICAL, WIDE], True),
         ([TYPICAL, WIDE, WIDE], None),
-        ([TYPICAL, SMALL, [40.0] * 8], False),
+        ([TYPICAL, SMALL, SMALL], False),
         ([TYPICAL, SMALL], False),  # half of them are not most
+        ([TYPICAL, LARGE, LARGE], None),  # by another mean they may be inside
+        ([LARGE, LARGE, LARGE], None),
+        ([TYPICAL, TYPICAL, LARGE], True),
+        ([TYPICAL, SMALL, LARGE], None),
     ],
 )
 def test_verdict_of_layers(layers, expected):
-    assert verdicts(made(layers, TYPICAL))["The mean M of most layers is 5 to 10."] is expected
+    (one,) = (v for v in made(layers, TYPICAL).verdicts if v.claim == LAYERS)
+    assert one.holds is expected
+    beyond = layers.count(LARGE)
+    assert f"{layers.count(SMALL)} below and {beyond} above" in one.why
+    assert ("by a mean over tokens M would be smaller" in one.why) is bool(beyond)
 
 
 @pytest.mark.parametrize("values, expected", [(TYPICAL, True), (SMALL, False), (EDGE, None)])
@@ -145,6 +155,13 @@ def test_verdict_of_super_weights(values, expected):
     assert "1 of 1 random columns are above 1 as well" in why["M > 1 at super weights."]
     beyond = 1 if expected else 0
     assert f"{beyond} of these 1 are above all of them" in why["M > 1 at super weights."]
+    assert "true of nearly any column" in why["M > 1 at super weights."]
+
+
+def test_where_random_columns_are_not_above_one():
+    section = made([TYPICAL], TYPICAL, random=SMALL)
+    why = {verdict.claim: verdict.why for verdict in section.verdicts}["M > 1 at super weights."]
+    assert "0 of 1 random columns are above 1" in why and "nearly any column" not in why
 
 
 def test_before_anything_is_measured():
