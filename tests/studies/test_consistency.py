@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from swkernels.studies.lab import DETECT
 from swkernels.studies.recipes.consistency import run_of, section
 from tests.studies import tiny
 from tests.studies.by_hand import Checkpoint, made, verdicts
@@ -78,13 +79,52 @@ def test_verdicts_and_coverage():
         [">= 20 %", 3, "120 to 120 of 500"],
         ["any", 4, "3 to 3 of 500"],
     ]
+    assert said.parts[0].columns[2] == "texts in which those added here spike"
+    assert said.parts[0].columns[4] == "OLMo-1B: texts of 1,000"
     assert said.parts[1].rows == [[1, None, 0, 0]]
-    moved = [(100, (2, 2, 3, 3)), (200, sizes), (500, sizes)]
-    assert _said([499, 400, 120, 3], 500, moved)[:2] == (False, False)
+    moved = [(100, (1, 4, 5, 6)), (200, (1, 2, 5, 6)), (500, (0, 2, 5, 6))]
+    every, settles, said = _said([499, 400, 120, 110, 105, 3], 500, moved)
+    assert (every, settles) == (False, False)
+    assert ">= 50 %: 4 → 2, >= 20 %: 5 → 5 (a change by 1 counts as none)" in said.verdicts[1].why
+    back = [(100, (1, 2, 3, 4)), (200, (1, 4, 4, 4)), (500, sizes)]  # there and back
+    assert _said([500, 400, 120, 3], 500, back)[1] is False
+    assert _said([200, 150, 50, 3], 200, moved[:2])[1] is False  # that is not too soon
     assert _said([200, 150, 50, 3], 200, steady[:2])[:2] == (True, None)  # too soon to say
-    rare = [(100, (1, 2, 3, 3)), (200, sizes), (500, sizes)]  # "any" alone grows
-    assert _said([500, 400, 120, 3], 500, rare)[1] is True
+    # Those of all and of any move as they must, and a middle one by 1.
+    outer = [(100, (3, 2, 2, 1)), (200, (2, 2, 3, 3)), (500, sizes)]
+    settles, said = _said([500, 400, 120, 3], 500, outer)[1:]
+    assert settles is True
+    assert "that of 100 % can only shrink" in said.verdicts[1].why
+    assert "100 %: 3 → 1, any: 1 → 4." in said.verdicts[1].why
+    assert _said([200, 150, 50, 3], 200, outer[:2])[1] is None
     assert _said([20, 10], 20, [(20, (1, 2, 2, 2))])[:2] == (None, None)
+
+
+def test_confidence_is_for_all_that_were_selected_from():
+    """Each of many that spike a little too seldom has a chance to be seen in every text."""
+    many = [60] * 3 + [40] * 37
+    every, _, said = _said(many, 60, [(60, (3, 40, 40, 40))])
+    assert every is None  # 0.05 ** (1 / 60) is above 95 %
+    least = (0.05 / 40) ** (1 / 60)
+    why = said.verdicts[0].why
+    assert f"at least {100 * least:.1f} % of all texts" in why
+    assert "selected among the 40 that spike in any text" in why
+    assert _said([60], 60, [(60, (1, 1, 1, 1))])[0] is True
+
+
+def test_which_of_them_were_detected():
+    figures = _figures([4, 4, 1], 4, [(4, (2, 2, 3, 3))])
+    place = {"layer": 1, "module": "m", "expert": None, "column": 0, "weight": 2.0}
+    listed = [
+        place | {"row": 1, "verdict": "super weight"},
+        place | {"row": 2, "verdict": "part of a critical set"},
+    ]
+    table = section(made({RUN: figures, DETECT: {"super_weights": listed}})).parts[1]
+    assert table.rows == [[1, None, 0, 0, None], [1, None, 1, 0, "super weight"]]
+    assert table.columns[-1] == "detected as"
+    assert "Of the 2 detected super weights 1 are among these 2: 1 spike" in table.caption
+    given = section(made({RUN: figures, DETECT: {"super_weights": None}})).parts[1]
+    assert given.rows == [[1, None, 0, 0], [1, None, 1, 0]] and "detected" not in given.caption
 
 
 def test_nothing_to_say_before_it_ran():

@@ -6,6 +6,7 @@ from swkernels.detect.consistency import TIERS
 from swkernels.train.figure import LINE, MARK, MUTED, legend_above
 
 from ..data import TEXT
+from ..lab import DETECT
 from ..recipe import Figure, Found, Plan, Recipe, Section, Table, Verdict
 from ..run import Run
 
@@ -16,6 +17,8 @@ PUBLISHED = {"100 %": (9, "1000"), ">= 50 %": (13, "500 to 633"), ">= 20 %": (24
 SETTLED = 100  # samples, as published
 _TIERS = {"all": "100 %", "half": ">= 50 %", "fifth": ">= 20 %", "any": "any"}  # of ``settling``
 _CONFIDENT, _ENOUGH = 0.05, 0.95  # of a position that spikes in all samples, in how many texts
+_MIDDLE = ("half", "fifth")  # more texts can only shrink the tier of all, and only widen "any"
+_MOVES = 1  # positions by which a tier that has settled may still change
 _AFTER = 5  # times as many samples as it settles in say whether it has
 
 
@@ -27,10 +30,15 @@ def section(found: Found) -> Section | None:
     figures = found(run_of(found.plan))
     if figures is None:
         return None
+    detected = (found(DETECT) or {}).get("super_weights")  # None too where they were given
     return Section(
         f"{figures['samples']:,} pieces of {found.plan.budget.length} tokens of the WikiText-2 "
         "test set, one after the other.",
-        [_tiers(figures), _always(figures), Figure("consistency", _CAPTION, _draw(figures))],
+        [
+            _tiers(figures),
+            _always(figures, detected),
+            Figure("consistency", _CAPTION, _draw(figures)),
+        ],
         [_in_every(figures), _settles(figures)],
         [
             "A position counts as spiking by the rule of `docs/detection.md`: its output channel "
@@ -49,17 +57,31 @@ def _tiers(figures: dict) -> Table:
         above = min(above, share * samples)
         covered = None if not added else f"{min(added)} to {max(added)} of {samples}"
         rows.append([tier, figures["tiers"][tier], covered, *PUBLISHED[tier]])
-    columns = ["spikes in", "positions", "samples of the added ones", "OLMo-1B", "of 1,000 samples"]
+    columns = ["spikes in", "positions", "texts in which those added here spike"]
+    columns += ["OLMo-1B", "OLMo-1B: texts of 1,000"]
     return Table(columns, rows)
 
 
-def _always(figures: dict) -> Table:
-    rows = [
-        [p["layer"], p["expert"], p["row"], p["column"]]
-        for p in sorted(figures["positions"], key=lambda p: (p["layer"], p["row"], p["column"]))
-        if p["count"] == figures["samples"]
-    ]
-    return Table(["layer", "expert", "row", "column"], rows, "Positions that spike in every piece.")
+def _always(figures: dict, detected: list[dict] | None) -> Table:
+    """Positions that spike in every piece; ``detected``: the super weights, where known."""
+    verdicts = {_place(one): one["verdict"] for one in detected or ()}
+    always = [p for p in figures["positions"] if p["count"] == figures["samples"]]
+    always.sort(key=lambda p: (p["layer"], p["row"], p["column"]))
+    rows = [[p["layer"], p["expert"], p["row"], p["column"]] for p in always]
+    columns, caption = ["layer", "expert", "row", "column"], "Positions that spike in every piece."
+    if detected:
+        columns.append("detected as")
+        rows = [[*row, verdicts.get(_place(p))] for row, p in zip(rows, always)]
+        among = sum(_place(p) in verdicts for p in always)
+        caption += (
+            f" Of the {len(detected)} detected super weights {among} are among these "
+            f"{len(always)}: {len(always) - among} spike in every piece and were not detected."
+        )
+    return Table(columns, rows, caption)
+
+
+def _place(entry: dict) -> tuple:
+    return tuple(entry[name] for name in ("module", "expert", "row", "column"))
 
 
 _CAPTION = "How many positions are in each tier, as pieces of text are added"
@@ -81,14 +103,18 @@ def _draw(figures: dict):
 
 
 def _in_every(figures: dict) -> Verdict:
-    samples, always = figures["samples"], figures["tiers"]["100 %"]
-    least = _CONFIDENT ** (1 / samples)  # a smaller share would seldom be seen in all of them
-    holds = False if not always else True if least >= _ENOUGH else None
+    claim, samples = "Some positions spike in every text.", figures["samples"]
+    always, any_ = figures["tiers"]["100 %"], figures["tiers"]["any"]
+    if not always:
+        return Verdict(claim, False, f"none of {any_} does in all {samples:,}.")
+    # A smaller share would seldom be seen in all of them, for any of those that spike at all.
+    least = (_CONFIDENT / any_) ** (1 / samples)
     return Verdict(
-        "Some positions spike in every text.",
-        holds,
-        f"{always} do in all {samples:,}; such a position spikes in at least {100 * least:.1f} % "
-        f"of all texts, with 95 % confidence.",
+        claim,
+        True if least >= _ENOUGH else None,
+        f"{always} do in all {samples:,}; each of these spikes in at least {100 * least:.1f} % of "
+        f"all texts, with 95 % confidence for all together: they were selected among the {any_} "
+        f"that spike in any text, so that each has {_CONFIDENT:g} / {any_} of the error.",
     )
 
 
@@ -98,15 +124,21 @@ def _settles(figures: dict) -> Verdict:
     if len(from_there) < 2 or from_there[0]["samples"] != SETTLED:
         return Verdict(claim, None, f"there are {figures['samples']} only.")
     first, last = from_there[0], from_there[-1]
-    keys = [key for key in _TIERS if key != "any"]  # which grows with every rare position
-    same = all(point[key] == last[key] for key in keys for point in from_there)
-    long_enough = last["samples"] >= _AFTER * SETTLED
-    said = ", ".join(f"{_TIERS[key]}: {first[key]} → {last[key]}" for key in _TIERS)
-    return Verdict(
-        claim,
-        False if not same else True if long_enough else None,
-        f"from {SETTLED} to {last['samples']:,} texts the tiers change so: {said}.",
+    sizes = {key: [point[key] for point in from_there] for key in _MIDDLE}
+    same = all(max(seen) - min(seen) <= _MOVES for seen in sizes.values())
+    most = _AFTER * SETTLED
+    long_enough = last["samples"] >= most
+    middle, others = (
+        ", ".join(f"{_TIERS[key]}: {first[key]} → {last[key]}" for key in keys)
+        for keys in (_MIDDLE, [key for key in _TIERS if key not in _MIDDLE])
     )
+    why = (
+        f"from {SETTLED} to {last['samples']:,} texts the middle tiers change so: {middle} (a "
+        f"change by {_MOVES} counts as none). The two others do not decide, as with more texts "
+        f"that of 100 % can only shrink and any can only grow: {others}"
+    )
+    why += "; too few to say that it is over" if same and not long_enough else ""
+    return Verdict(claim, False if not same else True if long_enough else None, f"{why}.")
 
 
 CONSISTENCY = Recipe(
