@@ -12,14 +12,19 @@ from swkernels.evidence.student import COVERAGE, quantile
 
 from ..data import NAMES, TEXT
 from ..lab import DETECT
-from ..page import cell
+from ..page import cell, percent
 from ..recipe import Plan
 from ..run import Run
 from .comparing import Accuracy, Difference
+from .settings import CHANCE
 
 DATA = (TEXT, *NAMES)
+CHANCE_OF = {name: CHANCE[part.partition("/")[0]] for part, name in NAMES.items()}  # by task
 HARMLESS = ScanConfig.mild_ratio  # a perplexity times less is no loss; docs/detection.md
 POINTS = 0.05  # of accuracy: the least that zeroing cost in Table 8 is 5.2 points
+_ONE = 0.0005  # a ratio nearer to 1 would be shown as 1
+_DECIMALS = 6  # of a change in percent: losses are of float32
+_LARGE, _HUGE = 1e3, 1e7  # numbers between them have thousands separators
 
 
 def reading(
@@ -120,7 +125,22 @@ class Ratio:
         return cls.of_logarithm(mean, error, n, looks)
 
     def __str__(self) -> str:
-        return f"×{cell(self.value)} [{cell(self.low)}, {cell(self.high)}]"
+        every = (self.value, self.low, self.high)
+        changes = [100 * (ratio - 1) for ratio in every]
+        if self.bounded and abs(self.value - 1) < _ONE and any(changes):
+            # As many decimals as show two digits of the wider end of the interval.
+            widest = max(map(abs, changes))
+            decimals = min(_DECIMALS, max(0, 1 - math.floor(math.log10(widest))))
+            value, low, high = (f"{change:+.{decimals}f}" for change in changes)
+            return f"{value} % [{low}, {high}]"
+        value, low, high = map(_times, every)
+        return f"×{value} [{low}, {high}]"
+
+
+def _times(ratio: float) -> str:
+    """Four digits of a ratio, written out where it is large."""
+    rounded = float(f"{ratio:.4g}")
+    return f"{rounded:,.0f}" if _LARGE <= rounded < _HUGE else cell(ratio)
 
 
 @dataclass(frozen=True)
@@ -130,10 +150,13 @@ class Change:
     Attributes:
         perplexity: over the other's.
         accuracy: of each task, less the other's, on the same questions.
+        guessed: the other's accuracy on the tasks on which it is not above chance: those say
+            nothing about what was lost.
     """
 
     perplexity: Ratio
     accuracy: dict[str, Difference]
+    guessed: dict[str, Accuracy]
 
     @classmethod
     def of(cls, figures: dict, other: dict) -> Change:
@@ -142,25 +165,45 @@ class Change:
             for found in (figures, other)
         )
         accuracy = {task: ours[task].less(theirs[task]) for task in ours}
-        return cls(Ratio.of(figures, other), accuracy)
+        return cls(Ratio.of(figures, other), accuracy, guessed(other))
 
     @property
     def harmless(self) -> bool | None:
-        """Whether nothing is lost: by perplexity and by every task."""
+        """Whether nothing is lost: by perplexity and by every task that is not guessed."""
         low, high = self.perplexity.low, self.perplexity.high
-        tasks = self.accuracy.values()
+        tasks = [lost for task, lost in self.accuracy.items() if task not in self.guessed]
         if low > HARMLESS or any(d.is_loss and d.high < -POINTS for d in tasks):
             return False
         return True if high < HARMLESS and tasks and all(map(kept, tasks)) else None
 
     def __str__(self) -> str:
-        tasks = (f"{task} {difference}" for task, difference in self.accuracy.items())
-        return "; ".join([f"perplexity {self.perplexity}", *tasks])
+        parts = [f"perplexity {self.perplexity}"]
+        for task, difference in self.accuracy.items():
+            left_out = " (left out: intact at chance)" if task in self.guessed else ""
+            parts.append(f"{task} {difference}{left_out}")
+        return "; ".join(parts)
 
 
 def kept(difference: Difference) -> bool:
     """Whether less than ``POINTS`` are lost."""
     return difference.loses_less_than(POINTS)
+
+
+def guessed(figures: dict) -> dict[str, Accuracy]:
+    """The accuracy on each task on which a model is not above chance, by its interval."""
+    scores = {task: Accuracy.of(choices) for task, choices in figures["choices"].items()}
+    return {task: score for task, score in scores.items() if score.interval[0] <= CHANCE_OF[task]}
+
+
+def guessed_notes(intact: dict) -> list[str]:
+    """That tasks on which the intact model guesses are among all questions."""
+    scores, count = guessed(intact), len(together(intact).correct)
+    return [
+        f"The intact model is not clearly above chance on {task} ({score}, chance is "
+        f"{percent(CHANCE_OF[task])}): these {len(score.correct):,} of all {count:,} questions "
+        "cannot show a loss, and hardly a gain."
+        for task, score in scores.items()
+    ]
 
 
 def together(figures: dict) -> Accuracy:
