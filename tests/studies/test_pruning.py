@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from swkernels.errors import InvalidInput
+from swkernels.studies.recipes import consistency
 from swkernels.studies.recipes.pruning import RANK, readings, section
 from swkernels.studies.sets import CATALOGUE, MAGNITUDE, OTHERS, RANDOM, SUPER_WEIGHTS
 from swkernels.train import CatalogueEntry, published
 from tests.studies import tiny
 from tests.studies.by_hand import Checkpoint, made, reading, verdicts
+from tests.studies.made_up import verdict
 from tests.studies.tiny import PLAN
 
 RUNS = readings(PLAN)
@@ -140,26 +142,121 @@ def test_verdicts():
     assert _said(reading([3.0, 9.0, 3.0, 9.0], 0.58, 40), reading(NOISY)) == dict.fromkeys(CLAIMS)
 
 
-def _ranked(ranks: list, shares: tuple[float, float]) -> dict:
+def test_what_is_at_chance_cannot_fall():
+    # 52 % of 400 are above 25 %, the chance of ARC-Easy, and not above the 50 % of Winogrande.
+    figures = {RUNS["intact"]: reading(INTACT, 0.52)}
+    figures |= {RUNS[SUPER_WEIGHTS]: reading(WORSE, 0.3), RUNS[MAGNITUDE]: reading(INTACT, 0.52)}
+    said = section(made(figures))
+    assert verdict(said, "accuracy on ARC-Easy").holds is True
+    winogrande = verdict(said, "accuracy on Winogrande")
+    assert winogrande.holds is None
+    assert "The intact model, with 52.0 % [" in winogrande.why
+    assert winogrande.why.endswith("is not clearly above chance, 50.0 %: it cannot fall.")
+    assert verdict(said, "as many of the largest").holds is True  # by ARC-Easy alone
+    assert "the intact model is not clearly above chance is left out." in said.notes[1]
+
+
+def _at(*places: tuple[int, int, int]) -> list[dict]:
+    return [
+        {"layer": layer, "module": f"m{layer}", "expert": None, "row": row, "column": column}
+        for layer, row, column in places
+    ]
+
+
+ONE, TWO, OTHER = (1, 5, 7), (2, 5, 8), (3, 6, 9)
+
+
+@pytest.mark.parametrize(
+    "places, words",
+    [
+        ((TWO, ONE), "This set is that of the super weights: it is the first verdict over again"),
+        ((ONE, OTHER), "Of these 2, super weights are 1: what those do is in the first verdict"),
+        ((OTHER,), "Of these 1, super weights are 0."),
+    ],
+)
+def test_a_set_that_is_that_of_the_super_weights_is_no_new_evidence(places, words):
+    same = reading(WORSE, 0.3)
+    figures = {RUNS["intact"]: reading(INTACT)}
+    figures |= {RUNS[SUPER_WEIGHTS]: same | {"weights": _at(ONE, TWO)}}
+    figures |= {RUNS[name]: same | {"weights": _at(*places)} for name in (CATALOGUE, MAGNITUDE)}
+    said = section(made(figures))
+    assert said.verdicts[0].claim == CLAIMS["orders"]
+    for claim in ("catalogue's weights", "as many of the largest"):
+        why = verdict(said, claim).why
+        assert words in why and ("no new evidence" in why) == (ONE in places)
+
+
+def _others(after: dict, places: tuple, spikes: dict | None):
+    """The verdict of large weights, by the samples of 20 in which positions spike."""
+    figures = {RUNS["intact"]: reading(INTACT), RUNS[OTHERS]: after | {"weights": _at(*places)}}
+    if spikes is not None:
+        positions = [at | {"count": n} for place, n in spikes.items() for at in _at(place)]
+        figures[consistency.run_of(PLAN)] = {"samples": 20, "positions": positions}
+    return verdict(section(made(figures)), "that are no super weights")
+
+
+@pytest.mark.parametrize(
+    "spikes, worse, same",
+    [
+        (None, False, True),
+        ({}, False, True),
+        ({ONE: 19, TWO: 10, OTHER: 20}, False, True),
+        ({ONE: 20, TWO: 9}, None, True),  # the loss may be of the first
+        ({ONE: 20, TWO: 20}, None, None),
+    ],
+)
+def test_large_weights_that_spike_in_every_text_are_super_weights(spikes, worse, same):
+    for after, expected in ((reading(WORSE, 0.3), worse), (reading(INTACT), same)):
+        assert _others(after, (ONE, TWO), spikes).holds is expected
+
+
+def test_large_weights_are_named_with_how_often_they_spike():
+    why = _others(reading(WORSE), (ONE, TWO), {ONE: 20, TWO: 10}).why
+    assert "They are layer 1 [5, 7]; layer 2 [5, 8]." in why
+    assert "Of these 2, 1 spike in all 20 texts of the consistency study and 2 in at least" in why
+    assert "the loss may be theirs" in why
+    why = _others(reading(WORSE), (ONE, TWO), {ONE: 20, TWO: 20}).why
+    assert "this is no test of large weights that are none" in why
+    why = _others(reading(WORSE), (ONE, TWO), None).why
+    assert "They are layer 1 [5, 7]" in why and "consistency" not in why
+    why = _others(reading(WORSE), tuple((n, 0, 0) for n in range(9)), None).why
+    assert "layer 5 [0, 0] and 3 more." in why and "layer 6" not in why
+
+
+def _ranked(ranks: list[tuple], shares: tuple[float, float]) -> dict:
     entry = {"layer": 1, "expert": None, "row": 5, "column": 7, "value": 1.0}
     return {
         "shares": [{"top": top, "down": share} for top, share in zip((10, 100), shares)],
         "sizes": {"down": 10_000},
-        "super_weights": [entry | {"rank": rank, "rank_down": 1} for rank in ranks],
+        "super_weights": [entry | {"rank": rank, "rank_down": down} for rank, down in ranks],
     }
 
 
 @pytest.mark.parametrize(
     "ranks, shares, expected",
-    [([1, 2], (0.8, 0.52), (False, True)), ([1, 3], (0.8, 0.5), (True, False)),
-     ([1, None], (0.4, 0.6), (True, False))],
-)  # fmt: skip
+    [
+        ([(2, 1), (1, 2)], (0.8, 0.52), (False, False, True)),
+        ([(1, 1), (3, 2)], (0.8, 0.5), (False, True, False)),
+        ([(1, 1), (2, 3)], (0.4, 0.6), (True, False, False)),
+        ([(1, 1), (None, None)], (0.4, 0.6), (True, True, False)),
+    ],
+)
 def test_verdicts_of_ranks(ranks, shares, expected):
     said = section(made({RANK: _ranked(ranks, shares)}))
-    found, down = said.verdicts
-    assert found.claim == "Ranking by magnitude does not find the super weights."
-    assert (found.holds, down.holds) == expected
-    assert said.parts[1].rows[0][-1] == "80 %"
+    assert [verdict.claim for verdict in said.verdicts[:2]] == [
+        "Ranking the down projections by magnitude does not find the super weights.",
+        "Ranking all projections by magnitude does not find the super weights.",
+    ]
+    assert tuple(verdict.holds for verdict in said.verdicts) == expected
+    found = "are 1 of the 2 super weights" if expected[0] else "are 2 of the 2 super weights"
+    assert found in said.verdicts[0].why
+    assert said.parts[1].rows[0] == [10, f"{100 * shares[0]:.1f} %", "80 %"]
+
+
+def test_what_published_perplexities_cannot_be_compared():
+    notes = " ".join(section(made({RANK: _ranked([], (0.8, 0.52))})).notes)
+    assert "Llama-3.1-8B-Instruct and of Gemma-2-9B-it are under INT8" in notes
+    assert "512 tokens: by the paper it is not comparable with the other rows" in notes
 
 
 def test_nothing_to_say_before_it_ran():

@@ -10,9 +10,9 @@ from ..page import cell, percent
 from ..recipe import Found, Plan, Recipe, Section, Table, Verdict
 from ..run import Run
 from ..sets import CATALOGUE, MAGNITUDE, OTHERS, RANDOM, SUPER_WEIGHTS
-from . import edited
+from . import consistency, edited
 from .comparing import Accuracy, all_of
-from .edited import Change, Ratio, reading
+from .edited import CHANCE_OF, Change, Ratio, reading
 
 # Table 8: weights that were zeroed; perplexity, ARC-Easy and Winogrande before and after.
 PUBLISHED = {
@@ -32,6 +32,7 @@ PUBLISHED_SHARES = {10: "80 %", 100: "52 %"}
 COLLAPSE = 10  # an order of magnitude; published are 370 to infinity
 _DRAWS = 3
 _RANKED = 10_000
+_NAMED = 6  # coordinates of a set, at most
 RANK = Run("rank", {"k": _RANKED}, (DETECT,))
 
 
@@ -54,11 +55,12 @@ def section(found: Found) -> Section | None:
     if not done and ranked is None:
         return None
     parts = [*([_table(done)] if done else []), _published()]
-    verdicts = _verdicts(done) if "intact" in done else []
+    spikes = found(consistency.run_of(found.plan))
+    verdicts = _verdicts(done, spikes) if "intact" in done else []
     if ranked is not None:
         parts.append(_shares(ranked))
         parts.append(_ranks(ranked))
-        verdicts += [_not_found(ranked), _mostly_down(ranked)]
+        verdicts += [*_not_found(ranked), _mostly_down(ranked)]
     return Section(edited.described(found.plan), parts, verdicts, _notes(absent))
 
 
@@ -81,7 +83,10 @@ def _table(done: dict[str, dict]) -> Table:
     return Table(["zero", "weights", "perplexity", *NAMES.values()], rows, _INTERVALS)
 
 
-_INTERVALS = "Before → after zeroing, with 95 % intervals of the change: times, or points."
+_INTERVALS = (
+    "Before → after zeroing, with 95 % intervals of the change: times (in percent where it is "
+    "nearly 1), or points."
+)
 
 
 def _published() -> Table:
@@ -93,7 +98,7 @@ def _published() -> Table:
 def _shares(ranked: dict) -> Table:
     kinds = list(ranked["sizes"])
     rows = [
-        [row["top"], *(row[kind] for kind in kinds), PUBLISHED_SHARES.get(row["top"])]
+        [row["top"], *(percent(row[kind]) for kind in kinds), PUBLISHED_SHARES.get(row["top"])]
         for row in ranked["shares"]
     ]
     caption = "The share of each kind of projection among the largest magnitudes of the model."
@@ -107,7 +112,7 @@ def _ranks(ranked: dict) -> Table:
     return Table(columns, rows, f"Where the super weights stand among the {_RANKED:,} largest.")
 
 
-def _verdicts(done: dict[str, dict]) -> list[Verdict]:
+def _verdicts(done: dict[str, dict], spikes: dict | None) -> list[Verdict]:
     intact = done["intact"]
     changes = {
         name: Change.of(figures, intact) for name, figures in done.items() if name != "intact"
@@ -119,13 +124,12 @@ def _verdicts(done: dict[str, dict]) -> list[Verdict]:
         ratio = changes[CATALOGUE].perplexity
         claim = "Zeroing the catalogue's weights raises perplexity by orders of magnitude."
         verdicts.append(Verdict(claim, _collapsed(ratio), f"{ratio}.{_shared(done, CATALOGUE)}"))
-    for name, claim in (
-        (MAGNITUDE, "Zeroing as many of the largest weights is harmless."),
-        (OTHERS, "Zeroing the largest weights that are no super weights is harmless."),
-    ):
-        if name in changes:
-            change = changes[name]
-            verdicts.append(Verdict(claim, change.harmless, f"{change}.{_shared(done, name)}"))
+    if MAGNITUDE in changes:
+        change, claim = changes[MAGNITUDE], "Zeroing as many of the largest weights is harmless."
+        why = f"{change}.{_shared(done, MAGNITUDE)}"
+        verdicts.append(Verdict(claim, change.harmless, why))
+    if OTHERS in changes:
+        verdicts.append(_harmless_others(changes[OTHERS], done[OTHERS]["weights"], spikes))
     random = [change for name, change in changes.items() if name.startswith(RANDOM)]
     if len(random) == _DRAWS:
         verdicts.append(_harmless_draws(random))
@@ -136,9 +140,15 @@ def _collapse(change: Change) -> list[Verdict]:
     claim = "Zeroing the super weights raises perplexity by orders of magnitude."
     verdicts = [Verdict(claim, _collapsed(change.perplexity), f"{change.perplexity}.")]
     for task, lost in change.accuracy.items():
-        holds = True if lost.is_loss else False if edited.kept(lost) else None
+        holds, why = True if lost.is_loss else False if edited.kept(lost) else None, f"{lost}."
+        if task in change.guessed:
+            holds = None
+            why += (
+                f" The intact model, with {change.guessed[task]}, is not clearly above chance, "
+                f"{percent(CHANCE_OF[task])}: it cannot fall."
+            )
         claim = f"Zeroing the super weights lowers the accuracy on {task}."
-        verdicts.append(Verdict(claim, holds, f"{lost}."))
+        verdicts.append(Verdict(claim, holds, why))
     return verdicts
 
 
@@ -153,27 +163,82 @@ def _harmless_draws(changes: list[Change]) -> Verdict:
     return Verdict(claim, holds, f"of {len(changes)} draws the one that changes most: {worst}.")
 
 
+def _harmless_others(change: Change, weights: list[dict], spikes: dict | None) -> Verdict:
+    """Of large weights that were not detected, which may be super weights all the same."""
+    holds, why = change.harmless, f"{change}.{f' They are {_named(weights)}.' if weights else ''}"
+    if weights and spikes is not None:
+        counts = {_place(position): position["count"] for position in spikes["positions"]}
+        samples, each = spikes["samples"], [counts.get(_place(weight), 0) for weight in weights]
+        always, often = each.count(samples), sum(count >= samples / 2 for count in each)
+        why += (
+            f" Of these {len(weights)}, {always} spike in all {samples:,} texts of the consistency "
+            f"study and {often} in at least half."
+        )
+        if always == len(weights):
+            holds = None
+            why += (
+                " These are super weights by the paper's own criterion, so this is no test of "
+                "large weights that are none."
+            )
+        elif always and holds is False:
+            holds = None
+            why += " Those are super weights by the paper's own criterion: the loss may be theirs."
+    claim = "Zeroing the largest weights that are no super weights is harmless."
+    return Verdict(claim, holds, why)
+
+
+def _named(weights: list[dict]) -> str:
+    """The coordinates of the first weights of a set."""
+    names = []
+    for weight in weights[:_NAMED]:
+        expert = "" if weight["expert"] is None else f", expert {weight['expert']}"
+        place = f"[{weight['row']}, {weight['column']}]"
+        names.append(f"layer {weight['layer']}{expert} {place}")
+    more = len(weights) - len(names)
+    return "; ".join(names) + (f" and {more:,} more" if more else "")
+
+
+def _place(entry: dict) -> tuple:
+    return entry["module"], entry["expert"], entry["row"], entry["column"]
+
+
 def _shared(done: dict[str, dict], name: str) -> str:
-    """What a set has in common with the super weights."""
+    """What a set has in common with the super weights, whose verdict comes first."""
     if SUPER_WEIGHTS not in done:
         return ""
-    place = lambda e: (e["module"], e["expert"], e["row"], e["column"])  # noqa: E731
-    ours, theirs = ({place(e) for e in done[key]["weights"]} for key in (SUPER_WEIGHTS, name))
-    return f" Of these {len(theirs)}, super weights are {len(ours & theirs)}."
+    ours, theirs = ({_place(e) for e in done[key]["weights"]} for key in (SUPER_WEIGHTS, name))
+    both = len(ours & theirs)
+    if ours == theirs:
+        return (
+            " This set is that of the super weights: it is the first verdict over again and no new "
+            "evidence."
+        )
+    if both:
+        return (
+            f" Of these {len(theirs)}, super weights are {both}: what those do is in the first "
+            "verdict and no new evidence."
+        )
+    return f" Of these {len(theirs)}, super weights are 0."
 
 
-def _not_found(ranked: dict) -> Verdict:
+def _not_found(ranked: dict) -> list[Verdict]:
+    """Of the down projections, which the paper ranks, and of all."""
     entries = ranked["super_weights"]
-    first = {
-        key: sum(entry[key] is not None and entry[key] <= len(entries) for entry in entries)
-        for key in ("rank", "rank_down")
-    }
-    return Verdict(
-        "Ranking by magnitude does not find the super weights.",
-        first["rank"] < len(entries),
-        f"among as many of the largest of all projections are {first['rank']} of the "
-        f"{len(entries)} super weights, among those of down_proj {first['rank_down']}.",
-    )
+    verdicts = []
+    for key, which, published in (
+        ("rank_down", "the down projections", "Published is this ranking"),
+        ("rank", "all projections", "Not as published, which ranks the down projections"),
+    ):
+        first = sum(entry[key] is not None and entry[key] <= len(entries) for entry in entries)
+        verdicts.append(
+            Verdict(
+                f"Ranking {which} by magnitude does not find the super weights.",
+                first < len(entries),
+                f"among the {len(entries)} largest are {first} of the {len(entries)} super "
+                f"weights. {published}.",
+            )
+        )
+    return verdicts
 
 
 def _mostly_down(ranked: dict) -> Verdict:
@@ -198,7 +263,11 @@ def _notes(absent: list[str]) -> list[str]:
         "The paper takes perplexity over a rolling context, here windows do not overlap. "
         f"Harmless is a perplexity that rises by less than {100 * (edited.HARMLESS - 1):.0f} % and "
         f"accuracies that fall by less than {100 * edited.POINTS:.0f} points (the least that "
-        "zeroing cost in Table 8), both with their whole intervals.",
+        "zeroing cost in Table 8), both with their whole intervals. A task on which the intact "
+        "model is not clearly above chance is left out.",
+        "The published perplexities of Llama-3.1-8B-Instruct and of Gemma-2-9B-it are under INT8. "
+        "That of Gemma-2-9B-it is also with windows of at most 512 tokens: by the paper it is not "
+        "comparable with the other rows.",
         "Intervals of perplexity are over windows, of accuracy over questions, both in pairs; p is "
         "of the sign test.",
     ]
