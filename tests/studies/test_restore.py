@@ -72,5 +72,15 @@ def test_verdicts(back, right, expected):
         assert "50 % of the loss come back" in said.verdicts[1].why
 
 
+def test_nearly_nothing_put_back_is_said_in_percent_and_chance_in_a_note():
+    back = [loss - 1e-4 for loss in GONE]
+    figures = {"activations": []} | {
+        "intact": reading(INTACT, 0.52), "set": reading(GONE, 0.3), "restored": reading(back, 0.3)
+    }  # fmt: skip
+    said = section(made({RUN: figures}))
+    assert said.verdicts[0].why.startswith("perplexity -0.0100 % [-0.0100, -0.0100] against the")
+    assert "not clearly above chance on Winogrande" in said.notes[-1]
+
+
 def test_nothing_to_say_before_it_ran():
     assert section(made({})) is None

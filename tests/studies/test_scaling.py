@@ -63,6 +63,18 @@ def test_the_best_perplexity_is_one_of_four():
     assert _said(INTACT, large, 0.6)[1] is True  # p = 0.006 and 0.024
 
 
+def test_notes_and_caption():
+    said = section(made({run_of(PLAN, 1.0): reading(INTACT, 0.6)}))
+    assert said.parts[0].caption.startswith("All super weights times a factor.")
+    notes = " ".join(said.notes)
+    assert "the questions here are far too few to see such a gain" in notes
+    assert "of one super weight, layer 1 [1764, 1710]; here all detected ones" in notes
+    assert "the notes of a replication by others" in notes and "chance" not in notes
+    said = section(made({run_of(PLAN, 1.0): reading(INTACT, 0.52)}))  # of two choices
+    assert "not clearly above chance on Winogrande" in said.notes[-1]
+    assert "400 of all 800 questions cannot show a loss" in said.notes[-1]
+
+
 def test_what_is_missing_is_left_out():
     figures = {run_of(PLAN, 1.0): reading(INTACT), run_of(PLAN, 2.0): reading(INTACT)}
     said = section(made(figures))

@@ -8,7 +8,7 @@ from ..lab import DETECT
 from ..recipe import Found, Plan, Recipe, Section, Table, Verdict
 from ..run import Run
 from . import edited
-from .edited import Ratio, together
+from .edited import Ratio, guessed_notes, together
 
 # Llama-7B: WikiText-2 perplexity, and the average over zero-shot tasks; its text says 49.94.
 PUBLISHED = {"intact": (5.67, 70.11), "set": (1211, 35.14), "restored": (None, 50.09)}
@@ -38,6 +38,7 @@ def section(found: Found) -> Section | None:
             "every answer, at the output of the down projection of each super weight.",
             "Published is an average over more tasks, of whose loss about 42 % come back; the "
             "share of a loss in perplexity is taken in nats.",
+            *guessed_notes(figures["intact"]),
         ],
     )
 
@@ -69,7 +70,7 @@ def _by_perplexity(figures: dict) -> Verdict:
     return Verdict(
         "The activation, put back, restores a part of the perplexity and not all of it.",
         holds,
-        f"put back it is {gained} of that without the weights, {left} of the intact model's"
+        f"perplexity {gained} against the weights zero, {left} against the intact model"
         f"{_recovered(*losses)}.",
     )
 
