@@ -11,14 +11,16 @@ from swkernels.studies.recipes.weight_change import runs, section
 from tests.studies import tiny
 from tests.studies.made_up import PLAN, found, trained, verdict
 
+SAME = r"Direct training changes the same weights more than LoRA does \(LoRA, down projections\)"
+TIMES = "Direct training changes weights 55 times as much as LoRA on attention does"
 GROUPS = [{"weight": 0.1 * n, "delta": 1e-3, "relative": 1e-2 / n} for n in range(1, 11)]
 
 
-def change(mean, cv=0.5, coordinates=100, largest=None) -> dict:
+def change(mean, cv=0.5, coordinates=100, largest=None, absolute=2e-4) -> dict:
     relative = {"mean": mean, "median": 0.9 * mean, "max": largest or 3 * mean, "cv": cv}
     return {
         "coordinates": coordinates,
-        "absolute": {"mean": 2e-4},
+        "absolute": {"mean": absolute},
         "relative": relative | {"share_above": 0.355},
     }
 
@@ -34,8 +36,8 @@ def standing(rank=(100.0, 100.0), local=(1.0, 1.0)) -> dict:
     }
 
 
-def page(by_direct, by_lora, steps=422, stands=None, groups=GROUPS, down=True):
-    """Section where each change is a summary, for every k."""
+def page(by_direct, by_lora, steps=422, stands=None, groups=GROUPS, down=True, by_down=None):
+    """Section where each change is a summary, for every k; ``by_down``: of down projections."""
     counts = PLAN.budget.counts
     made = {
         direct.run_of(PLAN, k): trained(240, steps=steps) | {"change": by_direct} for k in counts
@@ -47,7 +49,9 @@ def page(by_direct, by_lora, steps=422, stands=None, groups=GROUPS, down=True):
     }
     made[lora.run_of(PLAN)] = trained(280, steps=steps) | figures
     if down:
-        made[lora_down.run_of(PLAN)] = trained(280, steps=steps) | figures
+        other = by_down or by_lora
+        changes = {"change": {str(k): other for k in counts} | {"super weights": other}}
+        made[lora_down.run_of(PLAN)] = trained(280, steps=steps) | figures | changes
     return section(found(made))
 
 
@@ -61,11 +65,60 @@ def page(by_direct, by_lora, steps=422, stands=None, groups=GROUPS, down=True):
         (change(math.inf, cv=math.nan), change(0.002), 422, None),
     ],
 )
-def test_whether_direct_training_changes_more(ours, theirs, steps, holds):
-    one = verdict(page(ours, theirs, steps), "far more than LoRA")
+def test_whether_direct_training_changes_the_same_weights_more(ours, theirs, steps, holds):
+    one = verdict(page(ours, change(5.0), steps, by_down=theirs), SAME)
     assert one.holds is holds
     if ours["relative"]["mean"] == 0.08:
         assert "k = 100: 8 % and 0.15 %, 53.3 times" in one.why
+
+
+def test_without_lora_on_down_projections_no_same_weights_are_compared():
+    made = page(change(0.08), change(0.0015), down=False)
+    assert not any("the same weights" in one.claim for one in made.verdicts)
+    assert verdict(made, TIMES).holds is True
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "steps", "holds"),
+    [
+        (change(0.055), change(0.001), 422, True),
+        (change(0.030), change(0.001), 422, True),  # within a factor of 2
+        (change(0.020), change(0.001), 422, False),
+        (change(0.120), change(0.001), 422, False),
+        (change(0.055), change(math.inf, cv=math.nan), 422, None),
+        (change(0.055), change(0.0), 422, None),
+        (change(math.nan, cv=math.nan), change(0.001), 422, None),
+        (change(0.055), change(0.001, absolute=1e-3), 48, None),  # so far
+        (change(491e-6, absolute=1437e-6), change(0.00167), 48, False),
+        # By the number of steps alone, 423 / 49, it would be excluded; but weights that went back
+        # and forth may go straight.
+        (change(0.002, absolute=1437e-6), change(0.001), 48, None),
+        (change(0.0, absolute=0.0), change(0.001), 48, None),
+        (change(491e-6), change(math.inf, cv=math.nan), 48, None),
+    ],
+)
+def test_whether_direct_training_changes_55_times_as_much(ours, theirs, steps, holds):
+    one = verdict(page(ours, theirs, steps, by_down=change(0.01)), TIMES)
+    assert one.holds is holds
+    assert "From 27.5 to 110 times, within a factor of 2, counts as 55" in one.why
+    assert ("0.0001 x (422 + 1) / 2 = 0.0212" in one.why) is (steps == 48)
+    if holds is False and steps == 48:
+        assert "0.294 times, at most 14.7 x 0.294 = 4.33 times" in one.why
+
+
+@pytest.mark.parametrize(("steps", "last", "holds"), [(422, 0.05, None), (48, 0.002, None)])
+def test_every_k_must_agree_on_how_many_times(steps, last, holds):
+    """One k is 55-fold, or may become so, and the others are not."""
+    plan = PLAN
+    ours = dict.fromkeys(plan.budget.counts, change(491e-6, absolute=1437e-6))
+    ours[8192] = change(last, absolute=1437e-6)
+    made = {
+        direct.run_of(plan, k): trained(240, steps=steps) | {"change": ours[k]} for k in ours
+    }  # fmt: skip
+    changes = dict.fromkeys(map(str, ours), change(0.001))
+    figures = {"change": changes, "super_weights": standing(), "update": {"groups": GROUPS}}
+    made[lora.run_of(plan)] = trained(280, steps=steps) | figures
+    assert verdict(section(found(made)), TIMES).holds is holds
 
 
 @pytest.mark.parametrize(
@@ -81,7 +134,11 @@ def test_whether_direct_training_changes_more(ours, theirs, steps, holds):
 def test_whether_super_weights_stay(stands, holds):
     made = page(change(0.08), change(0.001), stands=stands)
     for label in (lora.LABEL, lora_down.LABEL):
-        assert verdict(made, rf"keep their rank .*\({label}\)").holds is holds
+        one = verdict(made, rf"keep their rank .*\({label}\)")
+        assert one.holds is holds
+        assert ("It holds by definition" in one.why) is (label == lora.LABEL and holds is True)
+    rank, after = stands["percentile"].values()
+    assert f"mean percentile rank {rank:.1f} % → {after:.1f} %" in one.why
 
 
 def test_whether_larger_weights_change_less():
@@ -89,17 +146,26 @@ def test_whether_larger_weights_change_less():
     bump = [*GROUPS[:3], GROUPS[3] | {"relative": 0.5}, *GROUPS[4:]]
     for groups, holds in ((GROUPS, True), (flat, False), (bump, None)):
         made = page(change(0.08), change(0.001), groups=groups, down=False)
-        assert verdict(made, "The larger a weight").holds is holds
+        one = verdict(made, "The larger a weight")
+        assert one.holds is holds
+        assert "The mean |dW| itself is 0.001 to 0.001 in the ten groups" in one.why
+        assert ("the division by |W|, and no protection" in one.why) is (groups != flat)
+    less = [group | {"delta": 1e-3 / n} for n, group in enumerate(GROUPS, 1)]
+    one = verdict(page(change(0.08), change(0.001), groups=less, down=False), "The larger a weight")
+    assert "0.0001 to 0.001 in the ten groups." in one.why and "protection" not in one.why
 
 
 def test_tables_beside_the_published_figures():
     changes, stands, groups, _ = page(change(0.0819, largest=0.3089), change(0.0015)).parts
     rows = {row[0]: row[1:] for row in changes.rows}
+    assert changes.columns[2:4] == ["entries compared", "relative change: mean"]
+    assert "up to 4 matrices per position" in changes.caption
     assert rows["pruning, by definition"] == [None, None, "100 %", "100 %", "100 %", 0.0, "100 %"]
     assert rows["direct, k = 1,000"] == [2e-4, 100, "8.19 %", "7.37 %", "30.9 %", 0.5, "35.5 %"]
     assert rows["LoRA, attention, k = 100"][2] == "0.15 %"
     assert rows["published, OLMo-1B: direct"][2:] == ["8.19 %", "7.55 %", "30.89 %", 0.66, "35.5 %"]
     assert stands.rows[0] == ["LoRA, attention: mean |W|", 0.5, 0.51, "0.206", "0.206"]
+    assert stands.rows[1][1:] == ["100.0 %"] * 4
     assert stands.rows[-1] == [
         "LoRA, down projections: ratio to neighbours",
         50.0,
@@ -119,14 +185,17 @@ def test_where_a_weight_was_zero_its_k_does_not_count():
     changes["8192"] = change(math.inf, cv=math.nan)
     figures = {"change": changes, "super_weights": standing(), "update": {"groups": GROUPS}}
     made[lora.run_of(plan)] = trained(280) | figures
-    one = verdict(section(found(made)), "far more than LoRA")
+    one = verdict(section(found(made)), TIMES)
+    assert one.holds is True and "k = 8,192: 8 % and ∞, no ratio" in one.why
+    made[lora_down.run_of(plan)] = trained(280) | figures
+    one = verdict(section(found(made)), SAME)
     assert one.holds is True and "k = 8,192: 8 % and ∞, no ratio" in one.why
 
 
 def test_a_lora_that_has_no_weight_at_these_places():
     made = page(change(0.08), None)
     assert made.parts[0].rows[5][:3] == ["LoRA, attention, k = 100", None, 0]
-    assert not any("far more" in one.claim for one in made.verdicts)
+    assert not any("Direct training" in one.claim for one in made.verdicts)
 
 
 def test_it_takes_the_runs_of_other_studies(planted, data, tmp_path):

@@ -9,7 +9,7 @@ from ..recipe import Found, Plan, Recipe, Section, Table, Verdict
 from ..run import Run
 from . import direct, lora, lora_down
 from .comparing import all_of
-from .settings import data_of, described
+from .settings import LEARNING_RATE, PUBLISHED_STEPS, data_of, described
 from .training_views import few_steps, notes
 
 TOP = 99.0  # percentile rank of the largest percent
@@ -21,6 +21,8 @@ PUBLISHED = {
 }
 PUBLISHED_ABOVE = "35.5 %"  # of the weights that were trained directly, more than 10 %
 PUBLISHED_RATIO = 55  # direct over LoRA; 8.19 / 0.15
+FACTOR = 2  # a ratio within this factor of the published one counts as the same
+EVEN = 1.25  # the largest of ten means over the smallest, up to which they are about the same
 # Table 9: before and after LoRA of attention.
 STANDING = {
     "mean |W|": ("0.206", "0.206"),
@@ -55,6 +57,7 @@ def section(found: Found) -> Section | None:
         [_table(plan, changes), _standing(adapted), *map(_groups, adapted.items())],
         [
             *_larger(found, changes, trained),
+            *_times_published(found, changes, trained, adapted),
             *(_stable(label, figures) for label, figures in adapted.items()),
             *(_decreasing(label, figures) for label, figures in adapted.items()),
         ],
@@ -64,7 +67,7 @@ def section(found: Found) -> Section | None:
             "weights than those that are trained directly. LoRA on down projections compares the "
             "same weights.",
             "Where a weight was exactly 0 its relative change is infinite, and so is the mean: "
-            "these k do not count for the first verdict; the medians are of all.",
+            "these k do not count for the verdicts on direct training; the medians are of all.",
             "LoRA on attention does not touch a super weight of a down projection: its magnitude, "
             "rank and neighbours are what they were, bit for bit. The published change of -0.03 % "
             "and of 58.4 to 58.6 cannot come from it.",
@@ -97,8 +100,16 @@ def _table(plan: Plan, changes: list) -> Table:
     for label, there in PUBLISHED.items() if plan.task == "arc" else ():
         above = PUBLISHED_ABOVE if label == "direct" else None
         rows.append([f"published, OLMo-1B: {label}", None, None, *there, above])
-    columns = ["method", "mean |dW|", "weights", "mean", "median", "largest", "CV", "above 10 %"]
-    return Table(columns, rows, "Relative change at the coordinates of the k largest weights.")
+    columns = ["method", "mean |dW|", "entries compared"]
+    columns += [
+        f"relative change: {name}" for name in ("mean", "median", "largest", "CV", "above 10 %")
+    ]
+    caption = (
+        "At the positions of the k largest weights of the down projections. For LoRA on attention "
+        "these are entries of up to 4 matrices per position: those of its layer in which the "
+        "position lies."
+    )
+    return Table(columns, rows, caption)
 
 
 def _cells(relative: dict) -> list:
@@ -117,7 +128,7 @@ def _standing(adapted: dict) -> Table:
         magnitude = summary["magnitude"]
         values = {
             "mean |W|": (magnitude["before"], magnitude["after"]),
-            "percentile rank": _both(summary["percentile"]),
+            "percentile rank": tuple(map(_rank, _both(summary["percentile"]))),
             "local maxima": tuple(map(percent, _both(summary["local_maximum"]))),
             "ratio to neighbours": _both(summary["neighbor_ratio"]),
         }
@@ -133,6 +144,10 @@ def _both(values: dict) -> tuple[float, float]:
     return values["before"], values["after"]
 
 
+def _rank(percentile: float) -> str:
+    return percent(percentile / 100)
+
+
 def _groups(item: tuple[str, dict]) -> Table:
     label, figures = item
     rows = [
@@ -143,18 +158,24 @@ def _groups(item: tuple[str, dict]) -> Table:
     return Table(columns, rows, f"{label}: the adapted weights in ten groups, the smallest first.")
 
 
+def _pairs(found: Found, changes: list, label: str) -> dict[int, tuple[dict, dict]]:
+    """The summaries of direct training and of a LoRA by k; empty where one of them is not there."""
+    by_k = {(method, k): summary for method, k, summary in changes}
+    pairs = {k: (by_k.get(("direct", k)), by_k.get((label, k))) for k in found.plan.budget.counts}
+    return {} if any(None in pair for pair in pairs.values()) else pairs
+
+
 def _larger(found: Found, changes: list, trained: dict) -> list[Verdict]:
-    """Whether direct training moves weights further than LoRA of attention, for every k.
+    """Whether direct training moves weights further than LoRA moves the same ones, for every k.
 
     That it does not, after fewer steps than were published, decides nothing.
     """
+    pairs = _pairs(found, changes, lora_down.LABEL)
+    if not pairs:
+        return []
     short = few_steps(found, trained)
-    by_k = {(label, k): summary for label, k, summary in changes}
     states, said = [], []
-    for k in found.plan.budget.counts:
-        ours, theirs = by_k.get(("direct", k)), by_k.get((lora.LABEL, k))
-        if ours is None or theirs is None:
-            return []
+    for k, (ours, theirs) in pairs.items():
         a, b = ours["relative"]["mean"], theirs["relative"]["mean"]
         said.append(f"k = {k:,}: {_share(a)} and {_share(b)}, {_times(a, b)}")
         if not (math.isfinite(a) and math.isfinite(b)):
@@ -165,13 +186,57 @@ def _larger(found: Found, changes: list, trained: dict) -> list[Verdict]:
         )
     return [
         Verdict(
-            "Direct training changes weights far more than LoRA does, 55 times as published.",
+            f"Direct training changes the same weights more than LoRA does ({lora_down.LABEL}).",
             all_of(states) if states else None,
-            f"mean relative change of direct training and of LoRA on attention: "
-            f"{'; '.join(said)}. It is decided by the 95 % intervals of the means over the "
-            f"weights; the factor itself is not tested{short}.",
+            f"mean relative change of direct training and of LoRA: {'; '.join(said)}. It is "
+            f"decided by the 95 % intervals of the means over the weights{short}.",
         )
     ]
+
+
+def _times_published(found: Found, changes: list, trained: dict, adapted: dict) -> list[Verdict]:
+    """Whether direct training changes weights as many times as much as was published.
+
+    Fewer steps than were published decide it only where no more of them could lead there.
+    """
+    pairs = _pairs(found, changes, lora.LABEL)
+    if not pairs:
+        return []
+    whole = PUBLISHED_STEPS[found.plan.task]
+    reach = LEARNING_RATE * (whole + 1) / 2  # the learning rate falls to 0
+    least, most = PUBLISHED_RATIO / FACTOR, PUBLISHED_RATIO * FACTOR
+    short = few_steps(found, trained | {lora.LABEL: adapted[lora.LABEL]})
+    said, ratios, ceilings = [], [], []
+    for k, (ours, theirs) in pairs.items():
+        a, b = ours["relative"]["mean"], theirs["relative"]["mean"]
+        said.append(f"k = {k:,}: {_share(a)} and {_share(b)}, {_times(a, b)}")
+        if not (math.isfinite(a) and math.isfinite(b) and min(a, b) > 0):
+            continue  # no ratio
+        ratios.append(a / b)
+        # Not by the steps alone: a weight that went back and forth may go straight.
+        growth = max(1.0, reach / ours["absolute"]["mean"])
+        ceilings.append(growth * a / b)
+        if short:
+            said[-1] += f", at most {growth:.3g} x {a / b:.3g} = {ceilings[-1]:.3g} times"
+    inside = [least <= ratio <= most for ratio in ratios]
+    if short or not ratios:
+        holds = False if ratios and max(ceilings) < least else None
+    else:
+        holds = True if all(inside) else None if any(inside) else False
+    why = (
+        f"mean relative change of direct training and of LoRA: {'; '.join(said)}. From "
+        f"{least:g} to {most:g} times, within a factor of {FACTOR}, counts as {PUBLISHED_RATIO}"
+    )
+    if short:
+        why += (
+            f"{short}. AdamW without weight decay moves a value by at most about the learning "
+            f"rate in a step: with {whole} steps of the same schedule by {LEARNING_RATE:g} x "
+            f"({whole} + 1) / 2 = {reach:.3g}. That over the mean |dW| of direct training "
+            "is how many times as far it can get, large weights as small ones; LoRA's change is "
+            "taken as it already is"
+        )
+    claim = f"Direct training changes weights {PUBLISHED_RATIO} times as much as LoRA on attention"
+    return [Verdict(f"{claim} does.", holds, f"{why}.")]
 
 
 def _interval(summary: dict) -> tuple[float, float]:
@@ -191,13 +256,21 @@ def _stable(label: str, figures: dict) -> Verdict:
         _both(summary[name]) for name in ("percentile", "local_maximum")
     )
     kept = after >= TOP and local_after >= local if rank >= TOP else None
+    why = (
+        f"of {summary['coordinates']} super weights: mean percentile rank {_rank(rank)} → "
+        f"{_rank(after)}, local maxima {percent(local)} → {percent(local_after)}, mean magnitude "
+        f"{_share(summary['magnitude']['change'])} different. These are all there are: nothing is "
+        "estimated."
+    )
+    if kept and label == lora.LABEL:
+        why += (
+            " It holds by definition: LoRA on attention does not touch the down projections, in "
+            "which they lie."
+        )
     return Verdict(
         f"Super weights keep their rank and stay local maxima under LoRA ({label}).",
         kept,
-        f"of {summary['coordinates']} super weights: mean percentile rank {rank:.4g} → "
-        f"{after:.4g}, local maxima {percent(local)} → {percent(local_after)}, mean magnitude "
-        f"{_share(summary['magnitude']['change'])} different. These are all there are: nothing is "
-        "estimated.",
+        why,
     )
 
 
@@ -205,12 +278,17 @@ def _decreasing(label: str, figures: dict) -> Verdict:
     relative = [group["relative"] for group in figures["update"]["groups"]]
     falls = [a > b for a, b in zip(relative, relative[1:])]
     holds = True if all(falls) else None if relative[0] > relative[-1] else False
+    deltas = [group["delta"] for group in figures["update"]["groups"]]
+    smallest, largest = min(deltas), max(deltas)
+    itself = f"The mean |dW| itself is {smallest:.4g} to {largest:.4g} in the ten groups"
+    if relative[0] > relative[-1] and largest <= EVEN * smallest:
+        itself += ", about the same: the fall is the division by |W|, and no protection"
     return Verdict(
         f"The larger a weight, the smaller its relative change ({label}).",
         holds,
         f"median from {_share(relative[0])} in the tenth of the smallest to "
         f"{_share(relative[-1])} in that of the largest, falling in {sum(falls)} of "
-        f"{len(falls)} steps.",
+        f"{len(falls)} steps. {itself}.",
     )
 
 
