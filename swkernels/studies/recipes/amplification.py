@@ -129,7 +129,7 @@ def _verdicts(read: Amplification, figures: dict) -> list[Verdict]:
             f"well; {beyond} of these {len(means)} are above all of them"
         )  # fmt: skip
         if random and min(random) > 1:
-            why += ". So M > 1 is true of nearly any column and tells nothing of these weights"
+            why += ". So M > 1 is true of nearly any column and tells nothing by itself"
         holds = _all(means, 1) if enough else None
         verdicts.append(Verdict(f"M > 1 at {name}.", holds, f"{why}."))
     layers = [mean_of(one.values) for one in read.by_layer()]
