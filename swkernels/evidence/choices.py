@@ -135,7 +135,7 @@ class ChoiceScores(Result):
         same = sum(a == b != _NONE for a, b in zip(self.predictions, other.predictions))
         return ChoiceComparison(
             (gained - lost) / items,
-            bootstrap.paired_interval(gained, lost, items, self.seed),
+            bootstrap.paired_interval(gained, lost, items),
             same / items,
             gained,
             lost,

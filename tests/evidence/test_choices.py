@@ -10,6 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from swkernels.errors import InvalidInput
 from swkernels.evidence import bootstrap
@@ -302,11 +304,49 @@ def resampled(values, draws=4000):
 def test_the_intervals_are_those_of_resampled_items():
     right = [1] * 130 + [0] * 70
     assert bootstrap.interval(130, 200) == pytest.approx(resampled(right), abs=0.011)
-    changes = [1] * 25 + [-1] * 10 + [0] * 165
-    assert bootstrap.paired_interval(25, 10, 200) == pytest.approx(resampled(changes), abs=0.011)
     assert bootstrap.interval(130, 200) == bootstrap.interval(130, 200)
     assert len({bootstrap.interval(1300, 2000, seed) for seed in range(4)}) > 1
     assert bootstrap.interval(0, 5) == (0, 0) and bootstrap.interval(5, 5) == (1, 1)
+
+
+def likeliest(gained, lost, items, difference):
+    """The share that the second alone has right: of the largest likelihood, by a fine grid."""
+    shares = np.linspace(max(0, -difference), (1 - difference) / 2, 400_001)[1:-1]
+    parts = zip((gained, lost, items - gained - lost),
+                (shares + difference, shares, 1 - 2 * shares - difference))  # fmt: skip
+    return shares[np.argmax(sum(count * np.log(np.clip(p, 1e-300, 1)) for count, p in parts))]
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "items"), [(25, 10, 200), (1, 0, 200), (0, 3, 50), (40, 2, 60), (3, 3, 10)]
+)
+def test_the_interval_of_a_difference_ends_where_the_score_is_significant(gained, lost, items):
+    for end in bootstrap.paired_interval(gained, lost, items):
+        share = likeliest(gained, lost, items, end)
+        deviation = math.sqrt(items * (2 * share + end - end**2))
+        assert abs((gained - lost - items * end) / deviation) == pytest.approx(1.96, abs=2e-3)
+
+
+def test_the_interval_of_a_difference():
+    changes = [1] * 25 + [-1] * 10 + [0] * 165
+    low, high = bootstrap.paired_interval(25, 10, 200)
+    assert (low, high) == pytest.approx(resampled(changes), abs=0.011)
+    assert bootstrap.paired_interval(10, 25, 200) == pytest.approx((-high, -low))
+    for items in (1, 20, 188, 200):  # where none differs: z^2 / (n + z^2), not 0
+        reach = 1.96**2 / (items + 1.96**2)
+        found = bootstrap.paired_interval(0, 0, items)
+        assert found == pytest.approx((-reach, reach), rel=1e-4)
+    low, high = bootstrap.paired_interval(14, 0, 14)
+    assert 0.5 < low < 0.6 and high == 1
+    assert bootstrap.paired_interval(0, 14, 14) == pytest.approx((-1, -low))
+
+
+@given(st.integers(0, 300), st.integers(0, 300), st.integers(0, 300))
+def test_the_interval_of_any_difference_holds_it(gained, lost, alike):
+    items = gained + lost + alike
+    if items:
+        low, high = bootstrap.paired_interval(gained, lost, items)
+        assert -1 <= low <= (gained - lost) / items <= high <= 1
 
 
 def test_the_sign_test():

@@ -47,7 +47,7 @@ def test_a_tiny_study(planted, data, tmp_path):
         )
         right = np.mean(np.equal(run["choices"]["predictions"], run["choices"]["answers"]))
         (row,) = [line for line in page.splitlines() if line.startswith(f"| k = {k} | {k} ")]
-        assert f"| {100 * right:.1f} % [" in row and f"{run['losses'][0]:.4g} → " in row
+        assert f"| {100 * right:.1f} % [" in row
         assert f"| {run['curve'][-1]['perplexity']:.4g} |" in row
     assert page.count("**This cannot be decided**") == 2  # six questions, one step
     assert "1 steps of 422 that were published" in page
@@ -62,7 +62,7 @@ def test_the_table_has_what_was_published_beside_it():
     assert row[2].startswith("25.0 % [2") and row[3].startswith("-35.0 [-")
     assert row[5:7] == [4.25, 4e4]
     first, last = (np.mean([4 - 2 * n / 422 + 0.1 * (-1) ** n for n in part]) for part in (
-        range(52), range(370, 422)
+        range(140), range(282, 422)  # a pass is 140 steps
     ))  # fmt: skip
     assert row[4] == f"{first:.4g} → {last:.4g}"
 

@@ -121,7 +121,7 @@ def test_whether_the_collapse_is_specific(drawn, largest, steps, holds):
     found_here = verdict(made, "specific")
     assert found_here.holds is holds
     gap = 100 * (drawn - largest) / 400
-    assert f"random less super weights {gap:+.1f} [" in found_here.why
+    assert f"random minus super weights {gap:+.1f} [" in found_here.why
 
 
 def test_winogrande_has_no_published_control():

@@ -8,6 +8,7 @@ from dataclasses import replace
 from swkernels.studies.page import PAGE
 from swkernels.studies.recipes import RECIPES, direct
 from tests.studies import tiny
+from tests.studies.made_up import WINOGRANDE, found, trained
 
 PLAN = replace(tiny.PLAN, task="winogrande")
 
@@ -32,3 +33,11 @@ def test_a_tiny_study(planted, tmp_path):
     assert "training questions of Winogrande" in page and "of 1734 that were published" in page
     line = json.loads((tmp_path / "out" / "runs.jsonl").read_text().splitlines()[-1])
     assert "winogrande/dev" in line["identity"] and "arc/dev" not in line["identity"]
+
+
+def test_no_gain_on_it_was_published():
+    for name in ("lora", "lora-down"):
+        recipe = RECIPES[name]
+        made = {run: trained(240) for run in recipe.runs(WINOGRANDE)[1:]}
+        (one,) = recipe.section(found(made, plan=WINOGRANDE)).verdicts
+        assert one.claim.endswith("(as published, no method does on Winogrande).")

@@ -44,7 +44,6 @@ class Accuracy:
             low,
             high,
             bootstrap.sign_test(gained, lost),
-            len(pairs),
         )
 
     def __str__(self) -> str:
@@ -58,14 +57,12 @@ class Difference:
     Attributes:
         value, low, high: a share of the questions, with its 95 % interval.
         p_value: of the exact sign test (McNemar).
-        count: of the questions.
     """
 
     value: float
     low: float
     high: float
     p_value: float
-    count: int
 
     @property
     def is_gain(self) -> bool:
@@ -84,24 +81,15 @@ class Difference:
 
     def gains_less_than(self, margin: float) -> bool:
         """Whether a gain of ``margin`` can be excluded."""
-        return self.high < margin and can_exclude(margin, self.count)
+        return self.high < margin
 
     def loses_less_than(self, margin: float) -> bool:
         """Whether a loss of ``margin`` can be excluded."""
-        return self.low > -margin and can_exclude(margin, self.count)
+        return self.low > -margin
 
     def __str__(self) -> str:
         points = f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
         return f"{points} points, p = {self.p_value:.2g}"
-
-
-def can_exclude(share: float, count: int) -> bool:
-    """Whether what is seen in none of ``count`` questions is rarer than ``share`` in all.
-
-    The rule of three: 3 in as many still may, with 95 % confidence. An interval that is drawn from
-    questions of which none differs has no width and does not know that.
-    """
-    return count * share >= 3
 
 
 def fell_to_chance(accuracy: Accuracy, base: Accuracy, chance: float) -> bool | None:

@@ -19,8 +19,9 @@ PUBLISHED = {
     "winogrande": {100: ("53.2 %",), 1000: ("50.7 %",)},
 }
 RANKING = (
-    "The paper ranks the weights of all projections, attention's too; here the k largest are those "
-    "of the down projections, after the super weights that were detected."
+    "Section 3.1 of the paper ranks the weights of all matrices by magnitude; section 5.1 says "
+    "that the trained coordinates are those of activation spikes, of which OLMo-1B has two. Here "
+    "the k are the super weights that were detected, and then the largest of the down projections."
 )
 
 

@@ -12,7 +12,7 @@ from ..run import Run
 from .comparing import Accuracy
 from .lora import adapter_of
 from .lora import run_of as vanilla
-from .lora_views import DROPOUT, INDICES, agreement, same, short, why_same
+from .lora_views import DROPOUT, INDICES, agreement, lost_gain, same, short, why_same
 from .settings import baseline, data_of, described, training
 from .training_views import untrained
 
@@ -98,11 +98,16 @@ def _touched(masked: dict) -> Table:
             touched = figures["touched"]
             count = sum(touched[part] for part in ("rows", "columns") if part in mask)
             share = percent(count / touched["parameters"])
-            positions = percent(touched["positions"] / touched["entries"])
+            listed = touched["positions"] + touched["outside"]
+            inside = f"{touched['positions']:,} of {listed:,}"
             published = TOUCHED if mask == "rows and columns" else (None, None)
-            rows.append([mask, count, touched["parameters"], share, positions, *published])
-    columns = ["mask", "values masked", "of", "share", "positions of dW", *MODELS]
-    return Table(columns, rows, "What the masks touch: values of B and A.")
+            rows.append([mask, count, touched["parameters"], share, inside, *published])
+    columns = ["mask", "values masked", "of", "share", "indices inside", *MODELS]
+    caption = (
+        "What the masks touch: values of B and A. Inside: super weights whose indices lie inside "
+        "an attention projection of their layer, over all projections."
+    )
+    return Table(columns, rows, caption)
 
 
 def _figure(found: Found, first: dict, masked: dict) -> Figure:
@@ -141,7 +146,7 @@ def _no_effect(found: Found, first: dict, masked: dict) -> list[Verdict]:
             Verdict(
                 f"Scaling the updates at the {mask} of super weights has no effect.",
                 same(found, first, differences),
-                why_same(found, first, differences),
+                why_same(found, first, differences) + lost_gain(found, first, here["s = 0"]),
             )
         )
     return verdicts

@@ -67,17 +67,19 @@ def no_help(found: Found, around: Runs, alone: Runs) -> list[Verdict]:
         label: Accuracy.of(around[label]["choices"]).less(Accuracy.of(alone[label]["choices"]))
         for label in around
     }
+    # After fewer steps than were published neither has had the time to help.
+    enough = not few_steps(found, around)
     states = [
-        False if gap.is_gain else True if gap.gains_less_than(HELP) else None
+        False if gap.is_gain else True if enough and gap.gains_less_than(HELP) else None
         for gap in gaps.values()
     ]
     why = "; ".join(f"{label} {gap}" for label, gap in gaps.items())
-    claim = "Neighborhoods help no more than isolated weights"
     return [
         Verdict(
-            f"{claim}, by less than {100 * HELP:g} points.",
+            f"Neighborhoods gain less than {100 * HELP:g} points over isolated weights.",
             all_of(states),
-            f"with neighbors less without, on the same questions: {why}{few_steps(found, around)}.",
+            f"with neighbors minus without, on the same questions: {why}"
+            f"{few_steps(found, around)}.",
         )
     ]
 

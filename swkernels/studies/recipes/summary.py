@@ -12,7 +12,7 @@ from ..sets import SUPER_WEIGHTS
 from . import direct, edited, lora, lora_delta_freeze, lora_down, lora_mask, neighborhood
 from . import random_control as random
 from .comparing import Accuracy, Difference, all_of
-from .settings import BASELINE, baseline, data_of, described
+from .settings import BASELINE, GAINS, baseline, data_of, described
 from .training_views import accuracies, collapse, few_steps, notes, untrained
 
 MODELS = ("OLMo-1B", "OLMo-7B")
@@ -114,8 +114,10 @@ def section(found: Found) -> Section | None:
             "What is compared with more than the baseline has a study of its own below. Runs with "
             "fewer steps than the others saw fewer training questions.",
             "The published accuracy of LoRA without its own largest updates is a mean over three "
-            f"seeds; here it is that of seed {plan.seed}. Of the masks this is the one whose count "
-            "of frozen values is the paper's.",
+            f"seeds; here it is that of seed {plan.seed}. The mask of rows and columns is the one "
+            "whose count of frozen values is the paper's.",
+            "The paper says of every LoRA that it gains. Of OLMo-7B its means over seeds, 64.09 % "
+            "to 66.05 %, lie below its own baseline of 73.3 %.",
             *notes(found, trained | others),
         ],
     )
@@ -163,7 +165,7 @@ def _gains(found: Found, trained: Mapping[str, dict | None]) -> list[Verdict]:
     gains = [Accuracy.of(figures["choices"]).less(base) for figures in trained.values()]
     return [
         Verdict(
-            "Training random positions, and every LoRA, improves over the baseline.",
+            f"Training random positions, and every LoRA, {GAINS[found.plan.task]}.",
             all_of(_gained(gain) for gain in gains),
             f"{accuracies(found, trained)}{few_steps(found, trained)}.",
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from swkernels.detect.evaluate import exp
 from swkernels.train.figure import LINE, MARK, MUTED, legend_above, log_where_wide
 
 from ..page import percent
@@ -54,15 +55,16 @@ def training_table(
                 figures["parameters"],
                 str(accuracy),
                 str(accuracy.less(base)) if base else None,
-                _change(figures["losses"]),
+                _change(figures, found.plan.budget.epochs),
                 last["held_out"],
                 last["perplexity"],
                 *published.get(label, [None] * len(models)),
             ]
         )
     caption = (
-        "Losses in nats: of training, the mean of the first and of the last eighth of the steps; "
-        "held out and perplexity (of the text) after the last step."
+        "Losses in nats: of training, the means of the first and of the last pass over the same "
+        "questions, or of the first and of the last step where there are no two; held out and "
+        "perplexity (of the text) after the last step."
     )
     return Table(columns, rows, caption)
 
@@ -153,17 +155,25 @@ def explosion(found: Found, runs: Runs) -> list[Verdict]:
     if before is None or not all(runs.values()):
         return []
     intact = before["perplexity"]["perplexity"]
+    (held_out,) = before["held_out"].values()
     whole = PUBLISHED_STEPS[found.plan.task]
     states, said = [], []
     for label, figures in runs.items():
-        ratio = figures["curve"][-1]["perplexity"] / intact
+        last = figures["curve"][-1]
+        ratios = last["perplexity"] / intact, exp(last["held_out"] - held_out)
         # Written so that a ratio that is NaN has exploded.
-        grown = False if ratio < CALM else None if ratio < EXPLODED else True
+        calm = all(ratio < CALM for ratio in ratios)
+        little = all(ratio < EXPLODED for ratio in ratios)
+        grown = False if calm else None if little else True
         grown = None if grown is False and len(figures["losses"]) < whole else grown
         states += [loss_falls(figures, found.plan.budget.epochs), grown]
-        said.append(f"{label} loss {_change(figures['losses'])}, perplexity × {ratio:.4g}")
+        fall = _change(figures, found.plan.budget.epochs)
+        said.append(
+            f"{label} loss {fall or 'of one step'}, perplexity of the text × {ratios[0]:.4g}, of "
+            f"held-out answers × {ratios[1]:.4g}"
+        )
     why = f"{'; '.join(said)} (exploded: {EXPLODED:g}-fold or more){few_steps(found, runs)}."
-    claim = "The training loss falls while the perplexity of the text explodes."
+    claim = "The training loss falls while the validation perplexity explodes."
     return [Verdict(claim, all_of(states), why)]
 
 
@@ -172,14 +182,20 @@ def loss_falls(figures: dict, epochs: float) -> bool | None:
 
     Both passes see the same questions. None where that cannot be told, or there are no two passes.
     """
-    losses = np.array(figures["losses"])
-    steps = int(figures["steps"] / epochs)  # of a pass
-    if steps < 2 or len(losses) < 2 * steps:
+    passes = _passes(figures, epochs)
+    if passes is None:
         return None
-    first, last = losses[:steps], losses[-steps:]
-    reach = 1.96 * math.sqrt((first.var(ddof=1) + last.var(ddof=1)) / steps)
+    first, last = passes
+    reach = 1.96 * math.sqrt((first.var(ddof=1) + last.var(ddof=1)) / len(first))
     change = last.mean() - first.mean()
     return None if abs(change) <= reach else bool(change < 0)
+
+
+def _passes(figures: dict, epochs: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """The losses of the first and of the last pass; None where there are no two."""
+    losses = np.array(figures["losses"])
+    steps = int(figures["steps"] / epochs)  # of a pass
+    return None if steps < 2 or len(losses) < 2 * steps else (losses[:steps], losses[-steps:])
 
 
 def accuracies(found: Found, runs: Runs) -> str:
@@ -208,9 +224,9 @@ def notes(found: Found, runs: Runs) -> list[str]:
         return []
     far, published = (LEARNING_RATE * (count + 1) / 2 for count in (steps, whole))
     return [
-        f"{steps} steps where {whole} were published. AdamW moves a value by about the learning "
-        f"rate in a step: by {far:.2g} in all here, by {published:.2g} there. What has not "
-        "happened here may still happen there: it decides nothing."
+        f"{steps} steps where the published settings make {whole}. AdamW moves a value by about "
+        f"the learning rate in a step, at most: by {far:.2g} in all here, by {published:.2g} with "
+        "the same schedule there. What has not happened here may still happen there."
     ]
 
 
@@ -218,10 +234,10 @@ def _end(figures: dict) -> str:
     return "" if figures["diverged"] is None else f" (diverged in step {figures['diverged']})"
 
 
-def _change(losses: Sequence[float]) -> str | None:
-    """The mean loss of the first and of the last eighth of the steps."""
-    if not losses:
+def _change(figures: dict, epochs: float) -> str | None:
+    """The mean loss of the first and of the last pass, or of steps where there are no passes."""
+    losses = np.array(figures["losses"])
+    if len(losses) < 2:
         return None
-    part = max(1, len(losses) // 8)
-    first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
-    return f"{first:.4g} → {last:.4g}"
+    first, last = _passes(figures, epochs) or (losses[:1], losses[-1:])
+    return f"{first.mean():.4g} → {last.mean():.4g}"
