@@ -18,7 +18,7 @@ from .results import Progress, Result, silent
 from .sensitivity import Sensitivity
 
 INPUTS = 8
-# arXiv 2607.08733, I.3.2 and I.3.3: Qwen2.5-0.5B-Instruct, 50 inputs, the 3 (5) largest of a layer
+# arXiv 2607.08733, I.3.2 and I.3.3: 50 inputs, 3 (5) candidates of a layer; no model is named
 PUBLISHED = {
     "curvature": {"mean": 2.48, "median": 0.86, "maximum": 74.50, "deviation": 8.68},
     "sensitivity": {"mean": 3.39, "median": 1.09, "maximum": 72.00, "deviation": 8.43},

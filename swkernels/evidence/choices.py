@@ -31,7 +31,7 @@ class ChoiceComparison:
 
     Attributes:
         difference: of accuracy.
-        interval: its 95 % bootstrap interval, over items drawn in pairs.
+        interval: its 95 % score interval, over pairs of answers.
         identical: share of items with the same prediction.
         gained, lost: items that the first alone, and that the second alone, has right.
         p_value: of the exact two-sided sign test on those (McNemar).

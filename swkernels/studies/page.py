@@ -11,6 +11,7 @@ from swkernels.train.figure import render
 
 from .book import RUNS, Book
 from .data import NAMES
+from .lab import DETECT
 from .recipe import Figure, Found, Plan, Recipe, Section, Table, Verdict
 from .run import in_order
 from .words import duration
@@ -18,6 +19,7 @@ from .words import duration
 PAGE = "README.md"
 FIGURES = "figures"
 SHARED = ("detect", "evaluate")  # kinds of runs
+_NAMED = 6  # super weights that the head lists
 _HOLDS = {True: "holds", False: "does not hold", None: "cannot be decided"}
 
 
@@ -71,7 +73,8 @@ def _head(recipes: Sequence[Recipe], book: Book, plan: Plan) -> list[str]:
     weights = _each(record["identity"]["super weights"] for record in shown)
     about = (
         f"**{models}** in {dtypes}, on {places}. Budget `{plan.budget.name}`, seeds "
-        f"{_each(plan.seeds)}; training on {NAMES[f'{plan.task}/test']}. Super weights: {weights}. "
+        f"{_each(plan.seeds)}; training on {NAMES[f'{plan.task}/test']}. Super weights: {weights}"
+        f"{_named(book)}. "
         f"{len(shown)} runs, {duration(sum(record['seconds'] for record in shown))} in all, with "
         f"{versions}. Made by `swkernels study`; every figure comes from [{RUNS}]({RUNS})."
     )
@@ -83,6 +86,19 @@ def _head(recipes: Sequence[Recipe], book: Book, plan: Plan) -> list[str]:
         f"The file holds {len(others)} more runs, of other plans (budget {budgets}): "
         "`swkernels study page` with `--budget`, `--seeds` or `--task` shows those.",
     ]
+
+
+def _named(book: Book) -> str:
+    """The super weights that were detected, where they are few, and what k of them are."""
+    listed = (book.figures(DETECT)["super_weights"] if DETECT in book else None) or []
+    places = [f"layer {w['layer']} [{w['row']}, {w['column']}]" for w in listed[:_NAMED]]
+    more = "" if len(listed) <= _NAMED else f" and {len(listed) - _NAMED} more"
+    if not places:
+        return ""
+    return (
+        f" ({', '.join(places)}{more}); where k weights are trained, these come first and then the "
+        "largest of the down projections"
+    )
 
 
 def _each(values: Iterable[object]) -> str:
@@ -161,7 +177,9 @@ def cell(value: object) -> str:
             return "undefined"
         if math.isinf(value):
             return "∞" if value > 0 else "-∞"
-        return f"{value:,.3g}" if abs(value) >= 1e5 else f"{value:.4g}"
+        if 1e3 <= abs(value) < 1e7:
+            return f"{value:,.0f}"
+        return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value).replace("|", "\\|").replace("\n", " ")

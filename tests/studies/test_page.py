@@ -123,7 +123,7 @@ def test_one_budget_in_a_folder_of_two(book, tmp_path, monkeypatch):
 
 def test_cells():
     values = [None, 0.5, 1234567.0, 12345.678, 1e-9, 12345, True, "a|b\nc"]
-    shown = ["", "0.5", "1.23e+06", "1.235e+04", "1e-09", "12,345", "True", "a\\|b c"]
+    shown = ["", "0.5", "1,234,567", "12,346", "1e-09", "12,345", "True", "a\\|b c"]
     assert list(map(cell, values)) == shown
     assert list(map(cell, (math.inf, -math.inf, math.nan))) == ["∞", "-∞", "undefined"]
     assert markdown(["a"], []) == "| a |\n|---|"

@@ -140,7 +140,7 @@ def test_figures_and_page(studied):
     vocabulary = figures["parameters"] - 2 * (attention + mlp + norms) - 32
     assert vocabulary % 32 == 0 and vocabulary >= embedding
     section = page.split("## subspace")[1].split("\n## ")[0]
-    assert "| published: 2048 x 2048 | 64 | 32,704 | 32,768 | 4 |" in section
+    assert "| published, k = 8,192: 2048 x 2048 | 64 | 32,704 | 32,768 | 4 |" in section
     assert "| all | 8 | 3,584 |" in section  # 8 modules of 8 (32 + 32 - 8)
     (sized,) = (row for row in figures["sizes"] if row["r"] == 8)
     assert f"r = 8: {sized['published'] / sized['mean']:.3g}" in section

@@ -67,9 +67,10 @@ def section(found: Found) -> Section:
 
 
 NOTES = [
-    "Published: Qwen2.5-0.5B-Instruct, the 3 largest weights of each layer, 50 inputs, finite "
-    "differences; neither eps nor the dtype is said. Here derivatives are exact, and fewer layers "
-    "are looked at where the budget says so.",
+    "Published: 3 candidates of each layer, chosen how is not said, 50 inputs, finite differences; "
+    "neither eps nor the dtype is said. Section I.3.2 names no model; I.3.1 has "
+    "Qwen2.5-0.5B-Instruct, whose 24 layers do not give the 240 pairs it counts. Here derivatives "
+    "are exact, and one weight of some layers is looked at.",
     "Equation 15 compares positions of one row, which share d2L/dy2. A random position of the "
     "matrix, as published, lies in another row: its ratio holds the rows' difference as well, so "
     "the exponent of M is taken in one row.",

@@ -24,7 +24,6 @@ HARMLESS = ScanConfig.mild_ratio  # a perplexity times less is no loss; docs/det
 POINTS = 0.05  # of accuracy: the least that zeroing cost in Table 8 is 5.2 points
 _ONE = 0.0005  # a ratio nearer to 1 would be shown as 1
 _DECIMALS = 6  # of a change in percent: losses are of float32
-_LARGE, _HUGE = 1e3, 1e7  # numbers between them have thousands separators
 
 
 def reading(
@@ -139,8 +138,7 @@ class Ratio:
 
 def _times(ratio: float) -> str:
     """Four digits of a ratio, written out where it is large."""
-    rounded = float(f"{ratio:.4g}")
-    return f"{rounded:,.0f}" if _LARGE <= rounded < _HUGE else cell(ratio)
+    return cell(float(f"{ratio:.4g}"))
 
 
 @dataclass(frozen=True)

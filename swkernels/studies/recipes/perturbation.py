@@ -53,8 +53,8 @@ def section(found: Found) -> Section:
 
 
 NOTES = [
-    "Published: Qwen2.5-0.5B-Instruct, the 5 largest weights of each layer, 50 inputs, changes as "
-    "measured; the dtype is not said.",
+    "Published: 5 candidates of each layer, chosen how is not said, 50 inputs, changes as "
+    "measured; neither the model (I.3.1 has Qwen2.5-0.5B-Instruct) nor the dtype is said.",
     "A change of 1e-4 is foretold by the gradient almost alone: it says how large dL/dw is, not "
     "how sharply the loss bends.",
     "The verdicts go by what is foretold, which has no rounding in it.",

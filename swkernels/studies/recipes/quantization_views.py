@@ -217,7 +217,7 @@ def loss_recovered(found: Activations, per: str, intact: dict) -> Verdict | None
         over = contrast((1, kept), (-1, intact))
         why += f", and {over} with the activations kept: {percent(share)} of the loss in nats"
     return Verdict(
-        "Setting super activations aside recovers most of what naive W8A8 loses.",
+        "Setting super activations aside recovers more than half of what naive W8A8 loses.",
         None if share is None else above(beyond_half),
         f"{why}.",
     )

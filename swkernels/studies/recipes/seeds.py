@@ -59,8 +59,7 @@ def section(found: Found) -> Section | None:
             "The interval of the mean difference comes from drawing seeds and questions anew, both "
             "with replacement, 2,000 times.",
             "The mask is that of rows of B and columns of A: the paper's count of frozen values is "
-            "that of both. "
-            + INDICES,
+            "that of both. " + INDICES,
             DROPOUT,
             *short(found, next(iter(pairs.values()))[0]),
         ],

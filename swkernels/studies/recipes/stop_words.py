@@ -102,7 +102,7 @@ def _draw(figure, ratios: dict[str, Ratio]) -> None:
 STOP_WORDS = Recipe(
     "stop-words",
     "Stop words without the super weights",
-    "Figure 5 of arXiv 2411.07191",
+    "section 3.2 and Figures 5 and 11 of arXiv 2411.07191",
     "Without its super weight Llama-7B says stop words more often.",
     (TEXT,),
     minutes=2,

@@ -129,8 +129,10 @@ def _manifolds(modules: list[list[int]], most: int) -> Table:
         rows.append([f"{m} x {n}", count, size, parameters, size / most])
     rows.append(["all", sum(count for *_, count in modules), total, None, total / most])
     (m, n, count), (one, every) = OLMO_1B["shape"], OLMO_1B["over_k"]
-    rows.append([f"published: {m} x {n}", count, dimension_of(m, n), RANK * (m + n), one])
-    rows.append(["published: all", count, OLMO_1B["total"], None, every])
+    rows.append(
+        [f"published, k = 8,192: {m} x {n}", count, dimension_of(m, n), RANK * (m + n), one]
+    )
+    rows.append(["published, k = 8,192: all", count, OLMO_1B["total"], None, every])
     columns = ["attention projections", "modules", "dimension", "parameters", f"over k = {most:,}"]
     return Table(columns, rows, f"The manifold of rank r = {RANK}, r (m + n - r).")
 
@@ -219,8 +221,8 @@ def _second(figures: dict, most: int) -> Verdict:
     )
     why += (
         f". In this model a projection has {min(sizes):,} to {max(sizes):,} dimensions, all "
-        f"together {total:,}, {total / most:.3g} times k = {most:,} (published: one {one} times, "
-        f"all {every} times)"
+        f"together {total:,}, {total / most:.3g} times k = {most:,} (published for "
+        f"k = 8,192: one {one} times, all {every} times)"
     )
     return Verdict(claim, all(row["rank"] == row["expected"] for row in rows), f"{why}.")
 

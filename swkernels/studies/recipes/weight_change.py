@@ -63,8 +63,9 @@ def section(found: Found) -> Section | None:
         ],
         [
             "The change is |dW| / |W|. Of LoRA on attention it is that of the attention weights at "
-            "the same (row, column) in the same layer, as the footnote of Table 10 has it: other "
-            "weights than those that are trained directly. LoRA on down projections compares the "
+            "the same (row, column) in the same layer, as the caption of Table 10 has it: other "
+            "weights than those that are trained directly. That it is divided by the attention "
+            "weight is assumed here; the paper does not say. LoRA on down projections compares the "
             "same weights.",
             "Where a weight was exactly 0 its relative change is infinite, and so is the mean: "
             "these k do not count for the verdicts on direct training; the medians are of all.",
