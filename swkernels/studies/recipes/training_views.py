@@ -226,7 +226,8 @@ def notes(found: Found, runs: Runs) -> list[str]:
     return [
         f"{steps} steps where the published settings make {whole}. AdamW moves a value by about "
         f"the learning rate in a step, at most: by {far:.2g} in all here, by {published:.2g} with "
-        "the same schedule there. What has not happened here may still happen there."
+        "the same schedule there. What has not happened here may still happen there: `--budget "
+        "long` has all the steps."
     ]
 
 
