@@ -31,7 +31,8 @@ class ChoiceComparison:
 
     Attributes:
         difference: of accuracy.
-        interval: its 95 % score interval, over pairs of answers.
+        interval: its 95 % score interval, over pairs of answers; (0, 0) where all scores are equal
+            to the last digit, as those of a model and itself.
         identical: share of items with the same prediction.
         gained, lost: items that the first alone, and that the second alone, has right.
         p_value: of the exact two-sided sign test on those (McNemar).
@@ -133,9 +134,11 @@ class ChoiceScores(Result):
         pairs = list(zip(self.correct, other.correct))
         gained, lost, items = pairs.count((True, False)), pairs.count((False, True)), len(pairs)
         same = sum(a == b != _NONE for a, b in zip(self.predictions, other.predictions))
+        # Scores that are equal to the last digit are of one model: nothing is estimated.
+        alike = self.log_likelihoods == other.log_likelihoods
         return ChoiceComparison(
             (gained - lost) / items,
-            bootstrap.paired_interval(gained, lost, items),
+            (0.0, 0.0) if alike else bootstrap.paired_interval(gained, lost, items),
             same / items,
             gained,
             lost,

@@ -106,7 +106,7 @@ def test_the_list_is_readable(width, capfd):
         (["direct"], {"data": "./nowhere"}, ["expected a folder with the data"]),
         (["direct"], {"seeds": "51-42"}, ["seeds", "51-42"]),
         (["direct"], {"seeds": "x"}, ["expected seeds such as 42-51"]),
-        (["direct"], {"budget": "large"}, ["expected a budget of small, full", "large"]),
+        (["direct"], {"budget": "large"}, ["expected a budget of small, long, full", "large"]),
         (["direct"], {"task": "boolq"}, ["expected a task of arc, winogrande, got 'boolq'"]),
         (["direct"], {"device": "tpu"}, ["device"]),
         (["direct"], {"dtype": "int8"}, ["int8"]),

@@ -374,6 +374,9 @@ def test_two_models_are_compared_on_the_same_items():
     assert found.p_value == pytest.approx(0.625)  # 2 * (1 + 4) / 16
     back = other.compare(one)
     assert (back.difference, back.gained, back.lost) == (-0.25, 1, 3)
+    assert one.compare(one).interval == (0, 0)
+    alike = replace(one, log_likelihoods=tuple((a - 1, b) for a, b in one.log_likelihoods))
+    assert alike.compare(one).difference == 0 < alike.compare(one).interval[1]
     lost = replace(one, log_likelihoods=((math.nan, -1.0),) * 8)
     assert lost.compare(lost).identical == 0  # no prediction is like no other
     assert json.loads(json.dumps(found.to_dict()))["interval"] == list(found.interval)
