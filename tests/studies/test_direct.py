@@ -96,7 +96,14 @@ def test_whether_it_collapses(rights, steps, holds):
 def test_what_cannot_collapse_is_not_decided():
     assert verdict(section(100, 100, 100, 100, right=104), "to chance").holds is None
     assert verdict(section(2, 2, 2, 2, right=4, of=6), "to chance").holds is None
-    assert section(100, 100, 100).verdicts == []  # one is missing
+
+
+def test_one_run_that_does_not_collapse_decides_before_the_others_are_done():
+    assert section(100, 100, 100, perplexity=4e4).verdicts == []  # one is missing
+    found_here = section(100, 240)
+    assert [one.holds for one in found_here.verdicts] == [False, False]
+    assert "k = 1,000 60.0 %" in found_here.verdicts[0].why and "4,096" not in str(found_here)
+    assert section(100, 240, steps=48).verdicts == []
 
 
 @pytest.mark.parametrize(

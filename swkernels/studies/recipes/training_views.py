@@ -141,24 +141,30 @@ def collapsed(found: Found, figures: dict) -> bool | None:
 
 
 def collapse(found: Found, runs: Runs, claim: str) -> list[Verdict]:
-    """Whether every run fell to chance; nothing before all are done."""
-    base = untrained(found)
-    if base is None or not all(runs.values()):
+    """Whether every run fell to chance; one that did not decides before all are done."""
+    done = {label: figures for label, figures in runs.items() if figures}
+    if untrained(found) is None or not done:
         return []
-    holds = all_of(collapsed(found, figures) for figures in runs.values())
-    return [Verdict(f"{claim}.", holds, f"{accuracies(found, runs)}{few_steps(found, runs)}.")]
+    holds = all_of(collapsed(found, figures) for figures in done.values())
+    if holds is not False and len(done) < len(runs):
+        return []
+    return [Verdict(f"{claim}.", holds, f"{accuracies(found, done)}{few_steps(found, done)}.")]
 
 
 def explosion(found: Found, runs: Runs) -> list[Verdict]:
-    """Whether the training loss fell in every run while the perplexity exploded."""
+    """Whether the training loss fell in every run while the perplexity exploded.
+
+    One run in which they did not decides before all are done.
+    """
     before = found(baseline(found.plan))
-    if before is None or not all(runs.values()):
+    done = {label: figures for label, figures in runs.items() if figures}
+    if before is None or not done:
         return []
     intact = before["perplexity"]["perplexity"]
     (held_out,) = before["held_out"].values()
     whole = PUBLISHED_STEPS[found.plan.task]
     states, said = [], []
-    for label, figures in runs.items():
+    for label, figures in done.items():
         last = figures["curve"][-1]
         ratios = last["perplexity"] / intact, exp(last["held_out"] - held_out)
         # Written so that a ratio that is NaN has exploded.
@@ -172,9 +178,13 @@ def explosion(found: Found, runs: Runs) -> list[Verdict]:
             f"{label} loss {fall or 'of one step'}, perplexity of the text × {ratios[0]:.4g}, of "
             f"held-out answers × {ratios[1]:.4g}"
         )
-    why = f"{'; '.join(said)} (exploded: {EXPLODED:g}-fold or more){few_steps(found, runs)}."
-    claim = "The training loss falls while the validation perplexity explodes."
-    return [Verdict(claim, all_of(states), why)]
+    holds = all_of(states)
+    if holds is not False and len(done) < len(runs):
+        return []
+    why = f"{'; '.join(said)} (exploded: {EXPLODED:g}-fold or more){few_steps(found, done)}."
+    return [
+        Verdict("The training loss falls while the validation perplexity explodes.", holds, why)
+    ]
 
 
 def loss_falls(figures: dict, epochs: float) -> bool | None:
