@@ -67,6 +67,7 @@ def trained(
             {"step": steps, "held_out": 4.25, "perplexity": perplexity},
         ],
         "choices": choices(right, of),
+        "change": {"relative": {"mean": 0.0123}},
         "diverged": diverged,
     }
 

@@ -67,6 +67,12 @@ def test_the_table_has_what_was_published_beside_it():
     assert row[4] == f"{first:.4g} → {last:.4g}"
 
 
+def test_how_far_the_weights_went_is_told():
+    notes = section(240, 240).notes
+    assert any("trained weights: k = 100 1.2 %; k = 1,000 1.2 %. Published" in n for n in notes)
+    assert not any("trained weights" in note for note in section().notes)
+
+
 def test_a_run_that_diverged_says_so():
     made = section(CHANCE, CHANCE, CHANCE, CHANCE, losses=[4.0, 5.0], diverged=3)
     assert made.parts[0].rows[1][0] == "k = 100 (diverged in step 3)"
