@@ -63,7 +63,7 @@ def above(ratio: Ratio, bound: float = 1.0) -> bool | None:
 def block_table(cells: Cells, blocks: Sequence[int | str], intact: dict) -> Table:
     """Perplexity and accuracy by block, beside the published accuracies."""
     columns = ["bits", "block", "plain", "clipped", "super weights kept", "plain over kept [95 %]"]
-    columns += ["accuracy, plain", "kept", "kept less plain", *FIGURE_7]
+    columns += ["accuracy, plain", "kept", "kept minus plain", *FIGURE_7]
     (accuracy,) = map(Accuracy.of, intact["choices"].values())
     first = [None, "original", _perplexity(intact), None, None, None, str(accuracy), None, None]
     rows = [first + [None] * len(FIGURE_7)]
