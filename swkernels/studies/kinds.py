@@ -14,6 +14,7 @@ from .runs.evaluate import evaluate
 from .runs.quantize import quantize
 from .runs.rank import rank
 from .runs.restore import restore
+from .runs.spikes import spikes
 from .runs.subspace import subspace
 from .runs.training import train
 
@@ -29,6 +30,7 @@ KINDS: dict[str, Perform] = {
     "quantize": quantize,
     "rank": rank,
     "restore": restore,
+    "spikes": spikes,
     "subspace": subspace,
     "train": train,
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from swkernels.studies.lab import DETECT
-from swkernels.studies.recipes.consistency import run_of, section
+from swkernels.studies.recipes.consistency import run_of, section, zeroed
+from swkernels.train import Coordinates
 from tests.studies import tiny
 from tests.studies.by_hand import Checkpoint, made, verdicts
 from tests.studies.tiny import PLAN, TINY
@@ -129,3 +131,73 @@ def test_which_of_them_were_detected():
 
 def test_nothing_to_say_before_it_ran():
     assert section(made({})) is None
+
+
+INERT = "Positions that spike in every text but are no super weights are harmless when zeroed."
+
+
+def test_spikes_are_zeroed_by_hand(planted, data, tmp_path):
+    hand = Checkpoint(planted, data)
+    intact = hand.losses()
+    none = tiny.run(["consistency"], planted, data, tmp_path / "none")(zeroed(PLAN))
+    assert none["positions"] == 0 and none["each"] == [] and none["together"] is None
+    assert none["intact"]["losses"] == pytest.approx(intact, rel=1e-5)
+    other = Coordinates.of({"model.layers.0.mlp.down_proj": [[1, 2]]}, hand.model)
+    figures = tiny.run(
+        ["consistency"], planted, data, tmp_path / "out", super_weights=other
+    )(zeroed(PLAN))  # fmt: skip
+    (one,) = figures["each"]
+    weight = one["weight"]
+    assert (weight["layer"], weight["row"], weight["column"]) == (1, 5, 7)
+    hand.down(1)[5, 7] = 0
+    without = hand.losses()
+    assert figures["intact"]["losses"] == pytest.approx(intact, rel=1e-5)
+    assert one["perplexity"]["losses"] == pytest.approx(without, rel=1e-5) != intact
+    assert figures["together"] == one["perplexity"] and figures["positions"] == 1
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert f"| 1 |  | 5 | 7 | {weight['value']:.4g} | ×" in page
+
+
+def _zeroed(*more: float, together: float = 0.0, positions: int | None = None) -> dict:
+    """Figures where each position costs so many nats a token, over four windows that agree."""
+
+    def perplexity(extra):
+        losses = [(3.0 + extra + 0.001 * n) * 100 for n in range(4)]
+        return {"losses": losses, "tokens": [100] * 4}
+
+    each = [
+        {
+            "weight": {"layer": n, "expert": None, "row": 0, "column": 1, "value": 2.0},
+            "perplexity": perplexity(extra),
+        }
+        for n, extra in enumerate(more)
+    ]
+    return {
+        "positions": len(more) if positions is None else positions,
+        "intact": perplexity(0.0),
+        "each": each,
+        "together": perplexity(together) if more else None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("without", "holds", "words"),
+    [
+        (_zeroed(0.0, 0.01, together=0.02), True, "of 2 zeroed alone 2 cost less than 5%"),
+        (_zeroed(0.0, 0.3, together=1.0), False, "more cost layer 1 [0, 1] ×1.35"),
+        (_zeroed(0.0, positions=3), None, "2 more were not looked at"),
+    ],
+)
+def test_whether_spikes_are_inert(without, holds, words):
+    figures = _figures([4], 4, [(4, (1, 1, 1, 1))])
+    said = section(made({RUN: figures, zeroed(PLAN): without}))
+    (one,) = [verdict for verdict in said.verdicts if verdict.claim == INERT]
+    assert one.holds is holds and words in one.why
+    assert ("all together" in one.why) is (len(without["each"]) > 1)
+    table = said.parts[-1]
+    assert len(table.rows) == len(without["each"]) + (len(without["each"]) > 1)
+
+
+def test_nothing_is_said_of_spikes_where_there_are_none():
+    said = section(made({RUN: _figures([4], 4, [(4, (1, 1, 1, 1))]), zeroed(PLAN): _zeroed()}))
+    assert INERT not in verdicts(said) and len(said.parts) == 3

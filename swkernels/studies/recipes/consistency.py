@@ -9,6 +9,8 @@ from ..data import TEXT
 from ..lab import DETECT
 from ..recipe import Figure, Found, Plan, Recipe, Section, Table, Verdict
 from ..run import Run
+from .edited import HARMLESS, Ratio
+from .positions import label
 
 # Tier: positions of OLMo-1B, and in how many of 1,000 samples those spike that it adds.
 PUBLISHED = {"100 %": (9, "1000"), ">= 50 %": (13, "500 to 633"), ">= 20 %": (24, "200 to 498")} | {
@@ -19,6 +21,7 @@ _TIERS = {"all": "100 %", "half": ">= 50 %", "fifth": ">= 20 %", "any": "any"}  
 _CONFIDENT, _ENOUGH = 0.05, 0.95  # of a position that spikes in all samples, in how many texts
 _MIDDLE = ("half", "fifth")  # more texts can only shrink the tier of all, and only widen "any"
 _MOVES = 1  # positions by which a tier that has settled may still change
+MOST = 24  # positions that are zeroed, each alone
 _AFTER = 5  # times as many samples as it settles in say whether it has
 
 
@@ -26,11 +29,20 @@ def run_of(plan: Plan) -> Run:
     return Run("consistency", {"samples": plan.budget.samples, "length": plan.budget.length})
 
 
+def zeroed(plan: Plan) -> Run:
+    """Without the positions that spike in every text, those that are no super weights."""
+    config = {"of": run_of(plan).key, "most": MOST}
+    config |= {"tokens": plan.budget.tokens, "window": plan.budget.window}
+    return Run("spikes", config, (DETECT, run_of(plan)))
+
+
 def section(found: Found) -> Section | None:
     figures = found(run_of(found.plan))
     if figures is None:
         return None
     detected = (found(DETECT) or {}).get("super_weights")  # None too where they were given
+    without = found(zeroed(found.plan))
+    spiked = without is not None and without["each"]
     return Section(
         f"{figures['samples']:,} pieces of {found.plan.budget.length} tokens of the WikiText-2 "
         "test set, one after the other.",
@@ -38,8 +50,9 @@ def section(found: Found) -> Section | None:
             _tiers(figures),
             _always(figures, detected),
             Figure("consistency", _CAPTION, _draw(figures)),
+            *([_without(without)] if spiked else []),
         ],
-        [_in_every(figures), _settles(figures)],
+        [_in_every(figures), _settles(figures), *([_inert(without)] if spiked else [])],
         [
             "A position counts as spiking by the rule of `docs/detection.md`: its output channel "
             "stands out of the layer, and the product of the position makes it or would stand out "
@@ -141,13 +154,49 @@ def _settles(figures: dict) -> Verdict:
     return Verdict(claim, False if not same else True if long_enough else None, f"{why}.")
 
 
+def _ratio(perplexity: dict, without: dict) -> Ratio:
+    return Ratio.of({"perplexity": perplexity}, {"perplexity": without["intact"]})
+
+
+def _without(without: dict) -> Table:
+    rows = [
+        [one["weight"]["layer"], one["weight"]["expert"], one["weight"]["row"],
+         one["weight"]["column"], one["weight"]["value"], str(_ratio(one["perplexity"], without))]
+        for one in without["each"]
+    ]  # fmt: skip
+    if len(rows) > 1:
+        rows.append([f"all {len(rows)}", *[None] * 4, str(_ratio(without["together"], without))])
+    columns = ["layer", "expert", "row", "column", "value", "perplexity when zeroed [95 %]"]
+    return Table(columns, rows, "Positions that spike in every piece and are no super weights.")
+
+
+def _inert(without: dict) -> Verdict:
+    """Whether spikes that are no super weights can be zeroed."""
+    ratios = {label(one["weight"]): _ratio(one["perplexity"], without) for one in without["each"]}
+    harmful = {name: ratio for name, ratio in ratios.items() if ratio.low > HARMLESS}
+    harmless = sum(ratio.high < HARMLESS for ratio in ratios.values())
+    why = f"of {len(ratios)} zeroed alone {harmless} cost less than {HARMLESS - 1:.0%}"
+    if harmful:
+        why += "; more cost " + ", ".join(f"{name} {ratio}" for name, ratio in harmful.items())
+    if len(ratios) > 1:
+        why += f"; all together {_ratio(without['together'], without)}"
+    if without["positions"] > len(ratios):
+        why += f"; {without['positions'] - len(ratios)} more were not looked at"
+    whole = harmless == without["positions"] > 0
+    return Verdict(
+        "Positions that spike in every text but are no super weights are harmless when zeroed.",
+        False if harmful else True if whole else None,
+        f"perplexity: {why}.",
+    )
+
+
 CONSISTENCY = Recipe(
     "consistency",
     "The same positions spike whatever the text",
     "Table 1 of arXiv 2607.08733",
     "Super weights are found by spikes; the paper finds some positions that spike in every text.",
     (TEXT,),
-    minutes=2,
-    runs=lambda plan: [run_of(plan)],
+    minutes=6,
+    runs=lambda plan: [run_of(plan), zeroed(plan)],
     section=section,
 )

@@ -101,8 +101,11 @@ def _shares(ranked: dict) -> Table:
         [row["top"], *(percent(row[kind]) for kind in kinds), PUBLISHED_SHARES.get(row["top"])]
         for row in ranked["shares"]
     ]
-    caption = "The share of each kind of projection among the largest magnitudes of the model."
-    return Table(["largest", *kinds, "down, OLMo-1B"], rows, caption)
+    caption = (
+        "The share of each kind of projection among the largest magnitudes of the model; the paper "
+        "does not name its model."
+    )
+    return Table(["largest", *kinds, "down, published"], rows, caption)
 
 
 def _ranks(ranked: dict) -> Table:
