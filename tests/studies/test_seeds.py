@@ -104,6 +104,15 @@ def test_few_questions_do_not_say_that_predictions_are_identical(of, holds):
     assert verdict(said, "identical predictions").holds is holds
 
 
+def test_what_the_mask_costs_in_loss_is_told():
+    plan = replace(PLAN, seeds=tuple(range(6)))
+    made = {run: trained(GAIN) for seed in plan.seeds for run in pair_of(plan, seed)}
+    for seed in plan.seeds:
+        made[pair_of(plan, seed)[1]]["curve"][-1]["held_out"] = 4.25 + 0.01 * (seed + 1)
+    one = verdict(section(found(made, plan=plan)), "makes no difference over seeds")
+    assert "costs +0.035 nats, more than 0 in 6 of 6 seeds, p = 0.031." in one.why
+
+
 def test_five_seeds_cannot_show_a_difference():
     plan = replace(PLAN, seeds=(1, 2, 3, 4, 5))
     made = over([(GAIN, GAIN - 80)] * 5, plan)
