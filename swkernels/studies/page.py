@@ -14,12 +14,11 @@ from .data import NAMES
 from .lab import DETECT
 from .recipe import Figure, Found, Plan, Recipe, Section, Table, Verdict
 from .run import in_order
-from .words import duration
+from .words import duration, labels
 
 PAGE = "README.md"
 FIGURES = "figures"
 SHARED = ("detect", "evaluate")  # kinds of runs
-_NAMED = 6  # super weights that the head lists
 _HOLDS = {True: "holds", False: "does not hold", None: "cannot be decided"}
 
 
@@ -91,13 +90,11 @@ def _head(recipes: Sequence[Recipe], book: Book, plan: Plan) -> list[str]:
 def _named(book: Book) -> str:
     """The super weights that were detected, where they are few, and what k of them are."""
     listed = (book.figures(DETECT)["super_weights"] if DETECT in book else None) or []
-    places = [f"layer {w['layer']} [{w['row']}, {w['column']}]" for w in listed[:_NAMED]]
-    more = "" if len(listed) <= _NAMED else f" and {len(listed) - _NAMED} more"
-    if not places:
+    if not listed:
         return ""
     return (
-        f" ({', '.join(places)}{more}); where k weights are trained, these come first and then the "
-        "largest of the down projections"
+        f" ({labels(listed)}); where k weights are trained, these come first and then the largest "
+        "of the down projections"
     )
 
 

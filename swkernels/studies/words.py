@@ -1,4 +1,4 @@
-"""Runs in words, and how long those that are missing will take."""
+"""Runs and weights in words, and how long the runs that are missing will take."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from statistics import median
 
 from .book import Book
 from .run import Run
+
+_NAMED = 6  # weights of a list, at most
 
 
 def describe(run: Run, among: Iterable[Run]) -> str:
@@ -59,3 +61,20 @@ def _value(name: str, value: str | bool | int | float | None) -> str:
     if value is None or isinstance(value, bool):
         return name if value else f"no {name}"
     return f"{name} = {value:,}" if isinstance(value, int) else f"{name} = {value:g}"
+
+
+def place(entry: dict) -> tuple:
+    """What tells the weight of a record from any other of the model."""
+    return entry["module"], entry["expert"], entry["row"], entry["column"]
+
+
+def label(entry: dict) -> str:
+    """``layer 11 [507, 1229]``."""
+    expert = "" if entry["expert"] is None else f" expert {entry['expert']}"
+    return f"layer {entry['layer']}{expert} [{entry['row']}, {entry['column']}]"
+
+
+def labels(entries: Sequence[dict]) -> str:
+    """The first weights of a list, and how many more there are."""
+    more = len(entries) - _NAMED
+    return "; ".join(map(label, entries[:_NAMED])) + (f" and {more:,} more" if more > 0 else "")

@@ -9,8 +9,8 @@ from ..data import TEXT
 from ..lab import DETECT
 from ..recipe import Figure, Found, Plan, Recipe, Section, Table, Verdict
 from ..run import Run
+from ..words import label, place
 from .edited import HARMLESS, Ratio
-from .positions import label
 
 # Tier: positions of OLMo-1B, and in how many of 1,000 samples those spike that it adds.
 PUBLISHED = {"100 %": (9, "1000"), ">= 50 %": (13, "500 to 633"), ">= 20 %": (24, "200 to 498")} | {
@@ -77,24 +77,20 @@ def _tiers(figures: dict) -> Table:
 
 def _always(figures: dict, detected: list[dict] | None) -> Table:
     """Positions that spike in every piece; ``detected``: the super weights, where known."""
-    verdicts = {_place(one): one["verdict"] for one in detected or ()}
+    verdicts = {place(one): one["verdict"] for one in detected or ()}
     always = [p for p in figures["positions"] if p["count"] == figures["samples"]]
     always.sort(key=lambda p: (p["layer"], p["row"], p["column"]))
     rows = [[p["layer"], p["expert"], p["row"], p["column"]] for p in always]
     columns, caption = ["layer", "expert", "row", "column"], "Positions that spike in every piece."
     if detected:
         columns.append("detected as")
-        rows = [[*row, verdicts.get(_place(p))] for row, p in zip(rows, always)]
-        among = sum(_place(p) in verdicts for p in always)
+        rows = [[*row, verdicts.get(place(p))] for row, p in zip(rows, always)]
+        among = sum(place(p) in verdicts for p in always)
         caption += (
             f" Of the {len(detected)} detected super weights {among} are among these "
             f"{len(always)}: {len(always) - among} spike in every piece and were not detected."
         )
     return Table(columns, rows, caption)
-
-
-def _place(entry: dict) -> tuple:
-    return tuple(entry[name] for name in ("module", "expert", "row", "column"))
 
 
 _CAPTION = "How many positions are in each tier, as pieces of text are added"

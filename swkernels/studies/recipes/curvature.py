@@ -12,6 +12,7 @@ from ..page import percent
 from ..recipe import Figure, Found, Plan, Recipe, Section, Table, Verdict
 from ..run import Run
 from ..runs.analyze import DETECTED
+from ..words import label
 from .histogram import histogram
 from .positions import (
     CANNOT,
@@ -21,7 +22,6 @@ from .positions import (
     bent,
     described,
     exponent,
-    label,
     larger,
     ratio_table,
     share,

@@ -12,8 +12,9 @@ from ..page import percent
 from ..recipe import Figure, Found, Plan, Recipe, Section, Table
 from ..run import Run
 from ..runs.analyze import DETECTED
+from ..words import label
 from .histogram import histogram
-from .positions import EPSILON, Positions, bent, described, label, larger, ratio_table
+from .positions import EPSILON, Positions, bent, described, larger, ratio_table
 
 _PALE = "#b4bdc6"
 

@@ -194,12 +194,6 @@ def ratio_table(rows: dict[str, np.ndarray], published: dict[str, float], source
     return Table(["ratio", "of", "undefined", *names], cells, caption)
 
 
-def label(entry: dict) -> str:
-    """``layer 11 [507, 1229]``."""
-    expert = "" if entry["expert"] is None else f" expert {entry['expert']}"
-    return f"layer {entry['layer']}{expert} [{entry['row']}, {entry['column']}]"
-
-
 def _both_ways(statistic, shape: tuple[int, int], seed: int) -> list[float]:
     """The 95 % interval of a statistic of rows and columns that are drawn anew, both."""
     generator = np.random.default_rng(seed)

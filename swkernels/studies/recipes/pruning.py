@@ -10,6 +10,7 @@ from ..page import cell, percent
 from ..recipe import Found, Plan, Recipe, Section, Table, Verdict
 from ..run import Run
 from ..sets import CATALOGUE, MAGNITUDE, OTHERS, RANDOM, SUPER_WEIGHTS
+from ..words import labels, place
 from . import consistency, edited
 from .comparing import Accuracy, all_of
 from .edited import CHANCE_OF, Change, Ratio, reading
@@ -32,7 +33,6 @@ PUBLISHED_SHARES = {10: "80 %", 100: "52 %"}
 COLLAPSE = 10  # an order of magnitude; published are 370 to infinity
 _DRAWS = 3
 _RANKED = 10_000
-_NAMED = 6  # coordinates of a set, at most
 RANK = Run("rank", {"k": _RANKED}, (DETECT,))
 
 
@@ -168,10 +168,10 @@ def _harmless_draws(changes: list[Change]) -> Verdict:
 
 def _harmless_others(change: Change, weights: list[dict], spikes: dict | None) -> Verdict:
     """Of large weights that were not detected, which may be super weights all the same."""
-    holds, why = change.harmless, f"{change}.{f' They are {_named(weights)}.' if weights else ''}"
+    holds, why = change.harmless, f"{change}.{f' They are {labels(weights)}.' if weights else ''}"
     if weights and spikes is not None:
-        counts = {_place(position): position["count"] for position in spikes["positions"]}
-        samples, each = spikes["samples"], [counts.get(_place(weight), 0) for weight in weights]
+        counts = {place(position): position["count"] for position in spikes["positions"]}
+        samples, each = spikes["samples"], [counts.get(place(weight), 0) for weight in weights]
         always, often = each.count(samples), sum(count >= samples / 2 for count in each)
         why += (
             f" Of these {len(weights)}, {always} spike in all {samples:,} texts of the consistency "
@@ -190,26 +190,11 @@ def _harmless_others(change: Change, weights: list[dict], spikes: dict | None) -
     return Verdict(claim, holds, why)
 
 
-def _named(weights: list[dict]) -> str:
-    """The coordinates of the first weights of a set."""
-    names = []
-    for weight in weights[:_NAMED]:
-        expert = "" if weight["expert"] is None else f", expert {weight['expert']}"
-        place = f"[{weight['row']}, {weight['column']}]"
-        names.append(f"layer {weight['layer']}{expert} {place}")
-    more = len(weights) - len(names)
-    return "; ".join(names) + (f" and {more:,} more" if more else "")
-
-
-def _place(entry: dict) -> tuple:
-    return entry["module"], entry["expert"], entry["row"], entry["column"]
-
-
 def _shared(done: dict[str, dict], name: str) -> str:
     """What a set has in common with the super weights, whose verdict comes first."""
     if SUPER_WEIGHTS not in done:
         return ""
-    ours, theirs = ({_place(e) for e in done[key]["weights"]} for key in (SUPER_WEIGHTS, name))
+    ours, theirs = ({place(e) for e in done[key]["weights"]} for key in (SUPER_WEIGHTS, name))
     both = len(ours & theirs)
     if ours == theirs:
         return (
@@ -265,9 +250,9 @@ def _notes(absent: list[str]) -> list[str]:
         f"those that are no super weights, `{RANDOM}` are drawn from the super weights' matrices.",
         "The paper takes perplexity over a rolling context, here windows do not overlap. "
         f"Harmless is a perplexity that rises by less than {100 * (edited.HARMLESS - 1):.0f} % and "
-        f"accuracies that fall by less than {100 * edited.POINTS:.0f} points (the least that "
-        "zeroing cost in Table 8), both with their whole intervals. A task on which the intact "
-        "model is not clearly above chance is left out.",
+        f"accuracies that fall by less than {100 * edited.POINTS:.0f} points (5.2 is the "
+        "least that zeroing published super weights cost in Table 8), both with their whole "
+        "intervals. A task on which the intact model is not clearly above chance is left out.",
         "The published perplexities of Llama-3.1-8B-Instruct and of Gemma-2-9B-it are under INT8. "
         "That of Gemma-2-9B-it is also with windows of at most 512 tokens: by the paper it is not "
         "comparable with the other rows.",

@@ -7,6 +7,7 @@ from pathlib import Path
 from swkernels.evidence.ablate import ablate
 
 from ..lab import Lab, NotInModel
+from ..words import place
 
 
 def spikes(lab: Lab, config: dict, path: Path) -> dict:
@@ -25,7 +26,7 @@ def spikes(lab: Lab, config: dict, path: Path) -> dict:
     listed = sorted(
         (entry["layer"], entry["module"], entry["expert"], entry["row"], entry["column"])
         for entry in found["positions"]
-        if entry["count"] == found["samples"] and _place(entry) not in known
+        if entry["count"] == found["samples"] and place(entry) not in known
     )
     yardstick = lab.yardstick(tokens=config["tokens"], window=config["window"])
     if not listed:
@@ -60,10 +61,6 @@ def _super_weights(lab: Lab) -> set[tuple]:
         for site, pairs in known.weights.items()
         for row, column in pairs.tolist()
     }
-
-
-def _place(entry: dict) -> tuple:
-    return entry["module"], entry["expert"], entry["row"], entry["column"]
 
 
 def _perplexity(scores) -> dict:
